@@ -1,0 +1,283 @@
+"""The one configuration schema: YAML plus dotted overrides -> a frozen, fully validated RunConfig.
+
+Every problem is an InputError of one line: `experts.count: 0 is not allowed; give a whole number from 2 to 4096`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from coe_dist.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkConfig(Section):
+    """A network by registry name. `options` go to its constructor (see coe/backbones.py)."""
+
+    network: str = "small_cnn"
+    options: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
+
+
+class ExpertsConfig(NetworkConfig):
+    count: Annotated[int, Field(ge=2, le=4096)] = 4
+    per_sample: Annotated[int, Field(ge=1, le=4096)] | None = None  # k; none means every expert (dense)
+
+
+class AugmentationConfig(Section):
+    """Training-time augmentation; its parameters are a function of (seed, epoch, sample id) alone."""
+
+    flip: bool = True
+    shift: Annotated[int, Field(ge=0, le=64)] = 2  # pixels, each direction, zero fill
+    random_resized_crop: bool = False  # scale 0.35..1, ratio 3/4..4/3, to `data.resolution`
+
+
+class DataConfig(Section):
+    source: Literal["fashion-mnist", "imagefolder"] = "fashion-mnist"
+    folder: str = "data/fashion-mnist"  # holds train.beton, validation.beton, test.beton and their .json side-cars
+    resolution: Annotated[int, Field(ge=8, le=1024)] = 28  # side in pixels of the square that reaches the networks
+    augmentation: AugmentationConfig = AugmentationConfig()
+    loader_threads: Annotated[int, Field(ge=1, le=256)] = 1
+    limit: Annotated[int, Field(ge=1)] | None = None  # use only the first so many images of each split (tests)
+
+
+class RouterConfig(Section):
+    where: Literal["replicated", "rank0", "process"] = "replicated"
+    scope: Literal["global", "local"] = "global"
+    generalist_weight: Fraction = 0.2  # lambda of the weight generation module: 1 plain ensemble, 0 hard partition
+    labels: Literal["balanced", "best", "soft"] = "balanced"  # label generation module
+    label_temperature: Positive = 1.0
+    variance: bool = True  # variance calculation module
+    selection_weight: NonNegative = 1.0  # beta in the delegator's loss
+    selection: Literal["learned", "frozen"] = "learned"
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive = 0.1
+    momentum: Fraction = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = 5e-4  # not applied to norms, biases and activations' own parameters
+    warmup_epochs: NonNegative = 0.5
+    schedule: Literal["cosine", "constant"] = "cosine"
+    expert_learning_rate: Positive | None = None  # none: the same as learning_rate
+
+
+class TrainingConfig(Section):
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    global_batch: Annotated[int, Field(ge=1, le=1_048_576)] = 256  # images per optimizer step over all ranks
+    accumulation: Annotated[int, Field(ge=1, le=1024)] = 1  # micro-batches per optimizer step
+    optimizer: OptimizerConfig = OptimizerConfig()
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    clip_norm: Positive | None = None  # per network, on the true global norm
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    batchnorm: Literal["local", "group"] = "local"
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2] = 0
+    non_finite: Literal["stop", "skip"] = "stop"  # what a non-finite loss or gradient does
+    timeout_seconds: Annotated[float, Field(ge=5, le=86_400)] = 600.0  # of every collective
+    evaluate_every: Annotated[int, Field(ge=1)] = 1  # epochs
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1  # epochs
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+
+
+class EarlyExitConfig(Section):
+    """How an image is answered at inference. Give a budget, a threshold, or neither (then no image exits early)."""
+
+    macs_budget: Positive | None = None  # average multiply-adds per image; the threshold is calibrated on validation
+    threshold: Fraction | None = None
+    final: Literal["expert", "average"] = "expert"
+
+
+class WorkersConfig(Section):
+    count: Annotated[int, Field(ge=1, le=65_536)] = 2
+    oversubscribe: bool = False
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1  # torch's threads per worker
+    max_failures: Annotated[int, Field(ge=0)] = 0
+
+
+class TrackingConfig(Section):
+    enabled: bool = True
+    uri: str | None = None  # none: MLFLOW_TRACKING_URI, else one sqlite file beside the run folders
+    experiment: str = "coe_dist"
+    every_steps: Annotated[int, Field(ge=1)] = 20
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    runs_dir: str = "runs"
+    data: DataConfig = DataConfig()
+    delegator: NetworkConfig = NetworkConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    router: RouterConfig = RouterConfig()
+    training: TrainingConfig = TrainingConfig()
+    early_exit: EarlyExitConfig = EarlyExitConfig()
+    workers: WorkersConfig = WorkersConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def experts_per_sample(self) -> int:
+        """k: how many experts see each training image."""
+        return self.experts.count if self.experts.per_sample is None else self.experts.per_sample
+
+    @property
+    def micro_batch(self) -> int:
+        """N: images per global micro-batch, the unit of routing, labels and BatchNorm."""
+        return self.training.global_batch // self.training.accumulation
+
+    @model_validator(mode="after")
+    def _cross_field_rules(self) -> RunConfig:
+        count, k = self.experts.count, self.experts_per_sample
+        if k > count:
+            raise _refused("experts.per_sample", k, f"give a whole number from 1 to experts.count = {count}")
+        if k == 1 and self.router.generalist_weight > 0:
+            raise _refused(
+                "experts.per_sample", k,
+                f"router.generalist_weight = {self.router.generalist_weight} > 0 needs at least 2 experts per sample",
+            )
+        if k == 1 and self.router.selection != "frozen":
+            raise _refused("experts.per_sample", k, "it leaves selection without a signal; give 2 or more, or set router.selection: frozen")
+        if self.training.global_batch % self.training.accumulation:
+            raise _refused("training.accumulation", self.training.accumulation,
+                           f"it must divide training.global_batch = {self.training.global_batch}")
+        if self.early_exit.macs_budget is not None and self.early_exit.threshold is not None:
+            raise _refused("early_exit.threshold", self.early_exit.threshold, "early_exit.macs_budget is given too; give only one of them")
+        if self.training.engine == "torch" and self.training.zero_stage != 0:
+            raise _refused("training.zero_stage", self.training.zero_stage, "engine: torch knows only stage 0")
+        return self
+
+    def digest(self) -> str:
+        """16 hex digits that identify this configuration (all fields, defaults included)."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        return str(OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json"))))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides such as `training.epochs=3`.
+
+    Raises InputError (one line) for a missing file, broken YAML, an unknown key or a value that is not allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration file")
+    try:
+        tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise InputError(f"{path}: the top level must be a mapping of keys such as `name`, `data`, `training`")
+        for override in overrides:
+            if not re.match(r"^[A-Za-z_][\w.]*=", override):
+                raise InputError(f"override {override!r} is not allowed; write key=value, for instance training.epochs=3")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(tree, resolve=True)
+    except InputError:
+        raise
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise InputError(f"{path}: {_first_line(error)}") from error
+    except Exception as error:  # PyYAML's own error classes
+        if type(error).__module__.startswith("yaml"):
+            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise
+    return parse_config(content)
+
+
+def parse_config(content: Any) -> RunConfig:
+    """Builds a RunConfig from plain dictionaries; InputError names the first field that is not allowed."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise InputError(describe(error)) from None
+
+
+class _Refused(ValueError):
+    """A cross-field rule was broken; the message is already complete."""
+
+
+def _refused(field: str, value: object, allowed: str) -> _Refused:
+    return _Refused(f"{field}: {value} is not allowed; {allowed}")
+
+
+def describe(error: ValidationError) -> str:
+    """One line for the first problem pydantic found: field, value, what is allowed."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "configuration"
+    context, kind, value = first.get("ctx", {}), first["type"], first["input"]
+    if kind == "value_error":
+        cause = context.get("error")
+        return str(cause) if isinstance(cause, _Refused) else f"{field}: {cause}"
+    if kind == "extra_forbidden":
+        return f"{field}: unknown key; allowed here: {', '.join(_allowed_keys(first['loc']))}"
+    if kind == "missing":
+        return f"{field}: missing; it must be given"
+    return f"{field}: {value!r} is not allowed; give {_allowed(first['loc'], kind, context, first['msg'])}"
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    return list(section.model_fields)
+
+
+def _allowed(location: tuple[int | str, ...], kind: str, context: dict[str, Any], message: str) -> str:
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    if kind == "string_pattern_mismatch":
+        return "up to 100 letters, digits, '.', '_' or '-', starting with a letter or digit"
+    bounds, whole = _bounds(location)
+    if bounds:
+        return f"{'a whole number' if whole else 'a number'} {bounds}"
+    return message[0].lower() + message[1:].replace("Input should be ", "")
+
+
+def _bounds(location: tuple[int | str, ...]) -> tuple[str, bool]:
+    """The range that a numeric field's schema allows, in words, and whether it takes whole numbers."""
+    schema: dict[str, Any] = RunConfig.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in location:
+        properties = node.get("properties", {})
+        if str(part) not in properties:
+            return "", False
+        node = properties[str(part)]
+        options = node.get("anyOf", [node])
+        node = next((o for o in options if o.get("type") != "null"), node)
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    low, high = node.get("minimum"), node.get("maximum")
+    above, below = node.get("exclusiveMinimum"), node.get("exclusiveMaximum")
+    start = f"from {low}" if low is not None else f"above {above}" if above is not None else ""
+    end = f"to {high}" if high is not None else f"below {below}" if below is not None else ""
+    if start.startswith("from") and not end:
+        start = start.replace("from", "of at least", 1)
+    return " ".join(part for part in (start, end) if part), node.get("type") == "integer"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
