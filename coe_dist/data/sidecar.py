@@ -1,0 +1,133 @@
+"""The .json beside each .beton: what is in it, and whether the file is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from coe_dist.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+_HEADER = struct.Struct("<HHIQQ")  # FFCV's: version, fields, page size, samples, place of the allocation table
+_FFCV_FORMAT = 2
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quarantined(_Record):
+    file: str
+    reason: str
+
+
+class WriteOptions(_Record):
+    """What the stored pixels depend on besides the source."""
+
+    max_resolution: int | None = None
+    jpeg_fraction: float = 0.0
+    jpeg_quality: int = 90
+    limit: int | None = None
+
+
+class SplitInfo(_Record):
+    """One split. `shape` is (H, W) in pixels when all images share it; `mean` and `std` are per channel in 0..1, over
+    the train split (every image weighs the same), and the same in all splits; `bytes` and `sha256` are the .beton's."""
+
+    format: Literal[1] = 1
+    source: str
+    split: str
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    count: Annotated[int, Field(ge=1)]
+    counts_per_class: tuple[int, ...]
+    channels: Literal[1, 3]
+    shape: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    quarantined: tuple[Quarantined, ...] = ()
+    written: WriteOptions = WriteOptions()
+    bytes: int
+    sha256: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SplitInfo:
+        if len(self.counts_per_class) != len(self.classes) or sum(self.counts_per_class) != self.count:
+            raise ValueError("counts_per_class does not fit classes and count")
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError("mean and std need one value per channel")
+        return self
+
+
+def sidecar_path(beton: Path) -> Path:
+    return beton.with_suffix(".json")
+
+
+def read_sidecar(beton: Path, *, verify: bool = False) -> SplitInfo:
+    """Reads the side-car of a .beton and checks the file against it: size and header, with `verify` every byte.
+
+    Raises InputError when either file is missing, broken or does not belong to the other.
+    """
+    beton = Path(beton)
+    path = sidecar_path(beton)
+    if not beton.is_file():
+        raise InputError(f"{beton}: no such file; `coe-dist data write` makes it")
+    if not path.is_file():
+        raise InputError(f"{path}: missing; {beton.name} was not written completely, write it again with --overwrite")
+    try:
+        info = SplitInfo.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "side-car"
+        raise InputError(f"{path}: {field}: {first['msg']}; write the data set again with --overwrite") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a readable side-car ({error}); write the data set again with --overwrite"
+        ) from error
+    _check_file(beton, info)
+    if verify and sha256_of(beton) != info.sha256:
+        raise InputError(f"{beton}: its content differs from the sha256 in {path.name}; write it again")
+    return info
+
+
+def _check_file(beton: Path, info: SplitInfo) -> None:
+    size = beton.stat().st_size
+    if size != info.bytes:
+        raise InputError(f"{beton}: {size} bytes, but {info.bytes} in its side-car; damaged, write it again")
+    with beton.open("rb") as file:
+        head = file.read(_HEADER.size)
+    version, _, _, samples, table = _HEADER.unpack(head) if len(head) == _HEADER.size else (0, 0, 0, 0, 0)
+    if version != _FFCV_FORMAT or samples != info.count or not 0 < table < size:
+        raise InputError(
+            f"{beton}: its header is not that of an FFCV file with {info.count} images; damaged, write it again"
+        )
+
+
+def write_sidecar(beton: Path, info: SplitInfo) -> None:
+    """Atomic: the side-car appears whole or not at all."""
+    path = sidecar_path(beton)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(info.model_dump(mode="json"), file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dataset_fingerprint(folder: Path) -> str:
+    """16 hex digits that identify the written data set (all splits' sha256), for the record of a run.
+
+    Raises InputError when a split is missing or its file does not fit its side-car.
+    """
+    lines = [f"{split} {read_sidecar(Path(folder) / f'{split}.beton').sha256}\n" for split in SPLITS]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

@@ -1,0 +1,71 @@
+"""What a data set is before it is written: three labelled splits of RGB images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from coe_dist.data.sidecar import SPLITS, Quarantined
+from coe_dist.errors import InputError
+
+SOURCES = ("fashion-mnist", "imagefolder")
+
+
+class SourceSplit(Protocol):
+    """Image i is `split[i]`: (uint8 [H,W,3] contiguous, class). Reading one that was accepted may still raise."""
+
+    labels_N: npt.NDArray[np.int64]
+    quarantined: Sequence[Quarantined]
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(H, W) in pixels when all images share it."""
+
+    @property
+    def largest(self) -> int:
+        """H * W of the largest image."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint8], int]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """All splits of a data set. `mean` and `std`: per channel in 0..1, over train, every image weighing the same."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    splits: dict[str, SourceSplit]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def open_source(
+    name: str, root: Path | None, *, max_resolution: int | None = None, limit: int | None = None, workers: int = 1
+) -> Source:
+    """Finds and checks a data set. `root` is needed for `imagefolder` and optional for `fashion-mnist`.
+
+    `limit` keeps the first so many images of each split. Raises InputError for anything missing or inconsistent.
+    """
+    from coe_dist.data.fashion_mnist import open_fashion_mnist
+    from coe_dist.data.imagefolder import open_imagefolder
+
+    if name == "fashion-mnist":
+        source = open_fashion_mnist(root, max_resolution=max_resolution, limit=limit)
+    elif name == "imagefolder":
+        if root is None:
+            raise InputError("root: missing; the source imagefolder needs the folder that holds train and val")
+        source = open_imagefolder(root, max_resolution=max_resolution, limit=limit, workers=workers)
+    else:
+        raise InputError(f"source: {name!r} is not allowed; give {' or '.join(SOURCES)}")
+    for split in SPLITS:
+        if not len(source.splits[split]):
+            raise InputError(f"{name}: the {split} split has no readable image")
+    return source

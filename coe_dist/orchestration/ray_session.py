@@ -1,0 +1,214 @@
+"""A local Ray of our own, or a connection to a running cluster; both end completely whatever happens.
+
+Ray listens on every interface of the machine, also for a local session. What protects it is the token: without it nobody
+can connect, submit work or read logs (Ray's token authentication). torch.distributed's own traffic knows no such
+protection, therefore local sessions keep it on the loopback interface.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from coe_dist.config import RunConfig
+from coe_dist.errors import InputError
+from coe_dist.orchestration.processes import end_marked, marking, new_mark
+from coe_dist.orchestration.ray_token import default_token_file, ensure_token_file
+from coe_dist.orchestration.resources import usable_cores, usable_gpus
+
+_LONGEST_TEMP_FOLDER = 30  # Ray puts unix sockets about 70 characters below it, and their paths may have 107 characters
+_OBJECT_STORE_BYTES = 128 * 2**20  # tensors travel by torch.distributed; Ray's own store only carries the job
+
+
+class Terminated(SystemExit):
+    """SIGTERM reached this process; exits with 143, the shell's number for it."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class RaySession:
+    """A Ray this process is connected to."""
+
+    address: str  # host:port of the head's control store
+    local: bool  # started by us: one machine, so torch.distributed stays on the loopback interface
+    cpus: float
+    gpus: float
+
+
+@contextmanager
+def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RaySession]:
+    """Starts a Ray on this machine with the cores and GPUs this process may use, and ends all of it afterwards.
+
+    Every process of it is gone when the block is left: at its end, by an exception, Ctrl-C or SIGTERM (which raises
+    Terminated in the main thread). `node_ip` is the address other machines would use; none lets Ray choose.
+    Raises InputError when the token file is not private or a Ray is running in this process already.
+    """
+    environment = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    if not _token_given():
+        environment["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file())
+    gpus = usable_gpus() if config.workers.device != "cpu" else 0
+    folder = _short_temporary_folder()
+    try:
+        with _environment(environment), _restoring_signals():
+            mark = new_mark()
+            try:
+                with marking(mark):
+                    _init(
+                        address="local",
+                        num_cpus=usable_cores(),
+                        num_gpus=gpus,
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                        include_dashboard=False,
+                        _temp_dir=str(folder),
+                        _node_ip_address=node_ip,
+                    )
+                yield _session(local=True)
+            finally:
+                with _undisturbed():
+                    _disconnect()
+                    end_marked(mark)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def connect(address: str, *, timeout_seconds: float = 10.0) -> Iterator[RaySession]:
+    """Connects to a running cluster: `host:port` of its head, or `auto` for the one this machine belongs to.
+
+    The token is taken from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, else from our own file, else from ~/.ray/auth_token.
+    RAY_AUTH_MODE=disabled connects to a cluster without authentication.
+    Raises InputError when the address is malformed or not reachable in time, or the token is missing or refused.
+    """
+    _refuse_unreachable(address, timeout_seconds)
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if "RAY_AUTH_MODE" not in os.environ:
+        environment["RAY_AUTH_MODE"] = "token"
+    own = default_token_file()
+    if not _token_given() and own.exists():
+        environment["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file(own))
+    with _environment(environment), _restoring_signals():
+        try:
+            _init(address=address)
+            yield _session(local=False)
+        finally:
+            with _undisturbed():
+                _disconnect()
+
+
+def session_for(config: RunConfig, address: str | None) -> Any:
+    """The context manager of the cluster at `address`, or of a local Ray when it is none."""
+    return local_ray(config) if address is None else connect(address)
+
+
+def _init(**options: Any) -> None:
+    import ray
+
+    if ray.is_initialized():
+        raise InputError("ray: already running in this process; leave the earlier session first")
+    _raise_on_sigterm()
+    try:
+        # Workers write to files of the run folder (see worker_output.py); Ray's chatter stays in its session folder.
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        if options["address"] == "local":
+            raise
+        raise InputError(f"address: {options['address']} is not usable; {' '.join(str(error).split())}") from error
+    _raise_on_sigterm()  # ray.init has put its own handler in place
+
+
+def _session(*, local: bool) -> RaySession:
+    import ray
+
+    resources = ray.cluster_resources()
+    address = ray.get_runtime_context().gcs_address
+    return RaySession(address, local, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+def _disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _token_given() -> bool:
+    return "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+
+
+def _short_temporary_folder() -> Path:
+    """A fresh private folder under the user's temporary folder, or under /tmp where that one's path is too long."""
+    parent = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="coe-", dir=parent if len(parent) <= _LONGEST_TEMP_FOLDER else "/tmp"))
+
+
+def _refuse_unreachable(address: str, timeout_seconds: float) -> None:
+    """Ray itself would retry for minutes before it says that nobody listens."""
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or "/" in host:
+        raise InputError(f"address: {address!r} is not allowed; give host:port of a Ray head, for instance 10.0.0.1:6379, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_seconds).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"address: {address} is not reachable ({error}); is a Ray head running there?") from error
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _raise_on_sigterm() -> None:
+    def terminate(_signal: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+
+
+@contextmanager
+def _restoring_signals() -> Iterator[None]:
+    """Puts back the handlers of SIGTERM and SIGINT: Ray and Ray Train replace them and leave theirs behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignores Ctrl-C and SIGTERM in the block: a second one must not interrupt the clean-up, which takes bounded time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,174 @@
+"""Several DeepSpeed engines in one process, made safe.
+
+DeepSpeed keeps the process groups in a module global (`deepspeed.utils.groups.mpu`). At ZeRO stage 0 an engine reads that
+global when it reduces, not its own group: with several engines, gradients of one network would silently be averaged over
+the ranks of another. So every engine has an mpu of its own, and the global is set to it around each call that may
+communicate. Clipping in fp32 at stage 0 averages per-rank norms (DeepSpeed#8475), so we clip there ourselves; the ZeRO
+stages clip on the true norm.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from coe_dist.config import TrainingConfig
+from coe_dist.errors import InputError
+from coe_dist.parallel.groups import Group
+from coe_dist.training.engines import State, clip_gradients, full_state, gradient_norm, named_trainable, set_full_state, zero_loss
+
+
+def prepare_deepspeed() -> Any:
+    """Imports DeepSpeed quietly and without compiling anything on a CPU machine; call before any engine is built.
+
+    On CPU the first init would compile `deepspeed_shm_comm` for minutes, and a killed build leaves a lock that hangs
+    every later start (pytorch#189245).
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class NetworkGroups:
+    """The mpu object of one engine: data-parallel over the network's group, no model parallelism."""
+
+    def __init__(self, data: dist.ProcessGroup, ranks: tuple[int, ...], alone: dist.ProcessGroup) -> None:
+        self._data, self._ranks, self._alone = data, ranks, alone
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._ranks)
+
+    def get_data_parallel_world_size(self) -> int:
+        return len(self._ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        return self._ranks.index(dist.get_rank())
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._alone  # a singleton: DeepSpeed reduces the gradient norm over it
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+class DeepSpeedEngine:
+    """One network under DeepSpeed at ZeRO stage 0, 1 or 2."""
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainingConfig,
+        group: Group,
+        alone: dist.ProcessGroup | None,
+    ) -> None:
+        deepspeed = prepare_deepspeed()
+        from deepspeed.utils import groups as deepspeed_groups
+
+        if alone is None:
+            raise InputError("training.engine: deepspeed needs torch.distributed to be initialised, also for one process")
+        self.name, self.network, self.group, self.stage = name, network, group, config.zero_stage
+        self.grad_norm = 0.0
+        self.clip_norm = config.clip_norm
+        self._groups = deepspeed_groups
+        self._mpu = NetworkGroups(group.handle or alone, group.ranks, alone)
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # the caller scales by 1/G and says which micro-batch is the last
+            "train_batch_size": group.size,
+            "zero_optimization": {"stage": self.stage, "overlap_comm": False},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": config.clip_norm or 0.0 if self.stage > 0 else 0.0,
+            "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+            "steps_per_print": 2**31,
+        }
+        if config.precision == "fp64" and self.stage > 0:
+            raise InputError(f"training.zero_stage: {self.stage} is not allowed with training.precision: fp64; give 0")
+        self._activate()
+        self.engine, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings, mpu=self._mpu)
+        if config.precision == "fp64":
+            self.engine.communication_data_type = torch.float64  # it would reduce in fp32
+        assert self.engine.dp_world_size == group.size, "DeepSpeed took another group's size"
+
+    def _activate(self) -> None:
+        self._groups.mpu = self._mpu
+
+    def __call__(self, images: torch.Tensor) -> Any:
+        self._activate()
+        return self.engine(images)
+
+    def backward(self, loss: torch.Tensor | None, *, last: bool) -> None:
+        self._activate()
+        self.engine.set_gradient_accumulation_boundary(last)
+        with self.group.naming_failures("gradient reduction"):
+            self.engine.backward(zero_loss(self.network) if loss is None else loss)
+
+    def step(self) -> bool:
+        self._activate()
+        if self.stage == 0:
+            norm = gradient_norm(self.network)
+            self.grad_norm = float(norm)
+            if not bool(torch.isfinite(norm)):
+                self.zero_grad()
+                return False
+            if self.clip_norm is not None:
+                clip_gradients(self.network, self.grad_norm, self.clip_norm)
+        with self.group.naming_failures("optimizer step"):
+            self.engine.step()
+        if self.stage > 0:
+            self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+            return not bool(self.engine.optimizer.overflow)
+        return True
+
+    def zero_grad(self) -> None:
+        self._activate()
+        if self.stage == 0:
+            self.engine.zero_grad()
+            return
+        self.engine.optimizer.zero_grad(set_to_none=True)
+        for index in self.engine.optimizer.averaged_gradients:
+            self.engine.optimizer.averaged_gradients[index] = None
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for param_group in self.engine.optimizer.param_groups:
+            param_group["lr"] = learning_rate
+
+    def optimizer_state(self) -> State:
+        self._activate()
+        if self.stage == 0:
+            return full_state(self.network, self.engine.optimizer)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        keys = sorted({key for entry in self.engine.optimizer.optimizer.state.values() for key in entry if key != "step"})
+        state: State = {}
+        for name, parameter in named_trainable(self.network):
+            state[name] = {key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in keys}
+        return state
+
+    def load_optimizer_state(self, state: State) -> None:
+        self._activate()
+        if self.stage == 0:
+            set_full_state(self.network, self.engine.optimizer, state)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, parameter in named_trainable(self.network):
+            for key, value in state.get(name, {}).items():
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)

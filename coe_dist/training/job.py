@@ -1,0 +1,18 @@
+"""What a group of workers is asked to do: one JSON-serialisable object, the same under Ray and torchrun."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from coe_dist.config import NetworkConfig, RunConfig, Section
+
+
+class Job(Section):
+    task: Literal["train", "baseline", "evaluate"]
+    config: RunConfig
+    run_dir: str  # absolute
+    mlflow_run_id: str | None = None
+    network: NetworkConfig | None = None  # baseline: the single network to train
+    split: Literal["validation", "test"] = "test"  # evaluate
+    macs_budget: float | None = None  # evaluate: overrides the stored threshold
+    threshold: float | None = None

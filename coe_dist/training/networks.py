@@ -1,0 +1,93 @@
+"""Builds the networks and engines that a rank holds, and counts their MACs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from coe_dist.coe import backbones, macs
+from coe_dist.config import NetworkConfig, RunConfig
+from coe_dist.data.sidecar import SplitInfo
+from coe_dist.errors import InputError
+from coe_dist.parallel.batchnorm import split_batchnorm
+from coe_dist.parallel.groups import Group, Groups
+from coe_dist.seeds import derive_seed
+from coe_dist.training.engines import NetworkEngine, build_engine
+from coe_dist.training.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class NetworkBuilder:
+    """Builds networks for one data set; the seed of each stream is derived by name."""
+
+    config: RunConfig
+    info: SplitInfo
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"channels": self.info.channels, "classes": len(self.info.classes), "mean": self.info.mean, "std": self.info.std}
+
+    def delegator(self) -> nn.Module:
+        section = self.config.delegator
+        with _naming("delegator"):
+            return backbones.build_delegator(
+                section.network, section.options, experts=self.config.experts.count, **self._arguments(),
+                seed=derive_seed(self.config.seed, "delegator"),
+            )
+
+    def expert(self, expert: int) -> nn.Module:
+        return self.single(self.config.experts, "experts", derive_seed(self.config.seed, "expert", expert))
+
+    def single(self, section: NetworkConfig, field: str, seed: int) -> nn.Module:
+        with _naming(field):
+            return backbones.build_classifier(section.network, section.options, **self._arguments(), seed=seed)
+
+    def macs_of(self, network: nn.Module) -> int:
+        return macs.count_macs(network, channels=self.info.channels, resolution=self.config.data.resolution)
+
+    def collaboration_macs(self) -> tuple[int, list[int]]:
+        """MACs of the delegator and of each expert."""
+        return self.macs_of(self.delegator()), [self.macs_of(self.expert(0))] * self.config.experts.count
+
+
+class _naming:
+    """Turns a ValueError of a network's constructor into an InputError that names the config section."""
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, ValueError) and not isinstance(error, InputError):
+            raise InputError(f"{self.field}.{error}") from error
+
+
+def engine_for(
+    name: str, network: nn.Module, config: RunConfig, group: Group, groups: Groups, device: torch.device, learning_rate: float
+) -> NetworkEngine:
+    """Puts a network on its device, splits its BatchNorm over its group, and wraps it in an engine."""
+    training = config.training
+    split_batchnorm(network, training.batchnorm, group)
+    network.to(device=device, dtype=torch.float64 if training.precision == "fp64" else None)
+    if device.type == "cuda":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.train()
+    return build_engine(name, network, build_optimizer(network, training.optimizer, learning_rate), training, group, groups.alone)
+
+
+def collaboration_engines(
+    config: RunConfig, builder: NetworkBuilder, groups: Groups, device: torch.device
+) -> tuple[NetworkEngine, dict[int, NetworkEngine]]:
+    """The delegator's engine and one per hosted expert, created in global expert order. Collective."""
+    optimizer = config.training.optimizer
+    delegator = engine_for("delegator", builder.delegator(), config, groups.world, groups, device, optimizer.learning_rate)
+    rate = optimizer.expert_learning_rate or optimizer.learning_rate
+    experts = {
+        expert: engine_for(f"expert {expert}", builder.expert(expert), config, groups.experts[expert], groups, device, rate)
+        for expert in groups.hosted
+    }
+    return delegator, experts

@@ -1,0 +1,36 @@
+"""Optimizer and learning rate of one network."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from coe_dist.config import OptimizerConfig
+
+
+def build_optimizer(network: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    """SGD or AdamW with two groups: weight decay on matrices and kernels, none on vectors and scalars (norms, biases,
+    activations' own parameters). Asserts that every trainable parameter is in exactly one group."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    assert sum(len(group["params"]) for group in groups) == len({id(p) for p in trainable}), "a parameter is in two groups"  # type: ignore[arg-type]
+    if config.name == "sgd":
+        nesterov = config.nesterov and config.momentum > 0
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=nesterov, foreach=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, foreach=True)
+
+
+def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
+    """Factor on the base rate for optimizer step `step` (from 0): linear warm-up, then cosine to zero or constant."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

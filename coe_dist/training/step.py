@@ -1,0 +1,180 @@
+"""One training step: the method's five moves.
+
+1. Read:     uint8 images, labels and sample ids of this rank's share of the global micro-batch (done by the caller).
+2. Delegate: rough prediction and selection logits.
+3. Route:    the router assigns the global micro-batch and derives dispatch sets, loss weights and the exchange plan.
+4. Dispatch, learn, return: images travel to their experts, experts run on weighted, SUM-reduced losses, one float per
+             (sample, expert) travels back while the experts' backward pass runs.
+5. Teach the delegator: selection labels, variance weights, its own loss and backward; then every engine steps.
+
+Gradients are those of means over the GLOBAL micro-batch of N images: each engine's loss is scaled by R/N, R the ranks of
+its group, because engines average over their group. With accumulation over G micro-batches each is scaled by 1/G more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from coe_dist.coe import modules
+from coe_dist.parallel.exchange import ExpertBatch, combine, dispatch
+from coe_dist.parallel.router import NonFiniteError, Router, Routing
+from coe_dist.training.engines import NetworkEngine
+
+
+@dataclass
+class StepSums:
+    """Sums over this rank's rows since the last report; additive over ranks and steps."""
+
+    images: int = 0
+    delegator_loss: float = 0.0
+    selection_loss: float = 0.0
+    expert_loss: float = 0.0  # weighted, over this rank's (sample, expert) pairs
+    delegator_correct: int = 0
+    bytes_sent: int = 0
+    load: torch.Tensor | None = None  # [E] of the GLOBAL batches, the same on every rank
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """This rank's share of a global micro-batch: uint8 [B,C,H,W], int64 [B], int64 [B]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+
+
+class CollaborationStep:
+    """The engines of this rank and the router, and the step that uses them."""
+
+    def __init__(
+        self,
+        delegator: NetworkEngine,
+        experts: dict[int, NetworkEngine],
+        router: Router,
+        *,
+        selection_weight: float,
+        label_smoothing: float = 0.0,
+        frozen_selection: bool = False,
+        call_empty: bool = False,
+    ) -> None:
+        self.delegator, self.experts, self.router = delegator, experts, router
+        self.selection_weight, self.label_smoothing = selection_weight, label_smoothing
+        self.frozen_selection = frozen_selection
+        self.call_empty = call_empty  # batchnorm: group needs every replica's forward, also with zero rows
+        self.micro_step = 0  # names the dispatch permutation
+        world = router.groups.world
+        assert delegator.group.size == world.size, "the delegator must be replicated on every rank"
+        assert tuple(sorted(experts)) == router.groups.hosted, "an engine per hosted expert, by global id"
+        for expert, engine in experts.items():
+            assert engine.group.size == router.groups.placement.replicas(expert), f"expert {expert}: wrong replica group"
+
+    def step(self, batches: Sequence[MicroBatch], sums: StepSums) -> bool:
+        """One optimizer step over the accumulated micro-batches. False when a non-finite value made it skip a network.
+
+        Raises NonFiniteError, on every rank, when logits or losses are not finite (gradients are then cleared).
+        """
+        try:
+            for index, batch in enumerate(batches):
+                self._accumulate(batch, sums, parts=len(batches), last=index == len(batches) - 1)
+        except NonFiniteError:
+            for engine in self._engines():
+                engine.zero_grad()
+            raise
+        failed = [engine.name for engine in self._engines() if not engine.step()]
+        sums.skipped += failed
+        # every rank learns whether any network of any rank had a non-finite gradient
+        flag = torch.tensor([len(failed)], device=batches[0].images.device)
+        return int(self.router.groups.world.all_reduce_sum(flag)) == 0
+
+    def _engines(self) -> list[NetworkEngine]:
+        return [self.delegator, *(self.experts[expert] for expert in sorted(self.experts))]
+
+    def _accumulate(self, batch: MicroBatch, sums: StepSums, *, parts: int, last: bool) -> None:
+        world = self.router.groups.world
+        step, self.micro_step = self.micro_step, self.micro_step + 1
+
+        # 2. delegate
+        class_logits_BC, selection_BE = self.delegator(batch.images) if self._runs(batch) else self._no_rows(batch)
+        # 3. route
+        routing = self.router.route(selection_BE, batch.ids, step)
+        samples = routing.samples
+        # 4. dispatch, learn, return
+        weights_Bk = routing.weights_k.expand(len(batch.labels), -1)
+        received = dispatch(routing.plan, batch.images, batch.labels, weights_Bk, world)
+        losses, backward_losses = self._expert_losses(received, routing, sums, samples * parts)
+        losses_Bk = combine(routing.plan, losses, world)()
+        finish_labels = self.router.start_labels(losses_Bk, routing, step)
+        for expert in sorted(self.experts):
+            self.experts[expert].backward(backward_losses[expert], last=last)
+        # 5. teach the delegator
+        labels_Bk, variance_B = finish_labels()
+        loss = self._delegator_loss(class_logits_BC, selection_BE, batch, routing, labels_Bk, variance_B, sums)
+        self.delegator.backward(None if loss is None else loss * (world.size / (samples * parts)), last=last)
+        sums.images += len(batch.labels)
+        sums.bytes_sent += routing.plan.bytes_sent(batch.images.shape[1:].numel())
+        load = routing.load_E(self.router.experts)
+        sums.load = load if sums.load is None else sums.load + load
+
+    def _runs(self, batch: MicroBatch) -> bool:
+        return len(batch.labels) > 0 or self.call_empty
+
+    def _no_rows(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = next(self.delegator.network.parameters()).dtype
+        empty = torch.zeros(0, self.router.experts, dtype=dtype, device=batch.images.device)
+        return empty[:, :1], empty
+
+    def _expert_losses(
+        self, received: dict[int, ExpertBatch], routing: Routing, sums: StepSums, divisor: int
+    ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor | None]]:
+        """Forward of every hosted expert: cross-entropy per pair [P_e] to send back, and the loss to run backward on."""
+        losses: dict[int, torch.Tensor] = {}
+        backward: dict[int, torch.Tensor | None] = {}
+        for expert in sorted(self.experts):
+            engine, rows = self.experts[expert], received[expert]
+            others_have_rows = self.call_empty and routing.plan.expert_totals[expert] > 0
+            if len(rows.labels) == 0 and not others_have_rows:
+                dtype = next(engine.network.parameters()).dtype
+                losses[expert], backward[expert] = torch.zeros(0, dtype=dtype, device=rows.images.device), None
+                continue
+            logits = wide(engine(rows.images))
+            plain = F.cross_entropy(logits, rows.labels, reduction="none")
+            losses[expert] = plain.detach()
+            learned = plain
+            if self.label_smoothing > 0:
+                learned = F.cross_entropy(logits, rows.labels, reduction="none", label_smoothing=self.label_smoothing)
+            weighted = (learned * rows.weights.to(learned.dtype)).sum()
+            sums.expert_loss += float(weighted.detach())
+            backward[expert] = weighted * (engine.group.size / divisor)
+        return losses, backward
+
+    def _delegator_loss(
+        self,
+        class_logits_BC: torch.Tensor,
+        selection_BE: torch.Tensor,
+        batch: MicroBatch,
+        routing: Routing,
+        labels_Bk: torch.Tensor,
+        variance_B: torch.Tensor,
+        sums: StepSums,
+    ) -> torch.Tensor | None:
+        """Summed loss of this rank's rows; None when there are none and the network was not called."""
+        if not self._runs(batch):
+            return None
+        logits = wide(class_logits_BC)
+        classes = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing).sum()
+        per_row = modules.selection_losses(wide(selection_BE), routing.experts_Bk, labels_Bk) * variance_B
+        selection = per_row.sum() * (0.0 if self.frozen_selection else 1.0)
+        sums.delegator_loss += float(classes.detach())
+        sums.selection_loss += float(selection.detach())
+        sums.delegator_correct += int((logits.detach().argmax(1) == batch.labels).sum())
+        return classes + self.selection_weight * selection
+
+
+def wide(logits: torch.Tensor) -> torch.Tensor:
+    """Losses are computed in at least float32, whatever autocast produced."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
