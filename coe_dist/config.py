@@ -155,16 +155,28 @@ class RunConfig(Section):
             raise _refused("experts.per_sample", k, f"give a whole number from 1 to experts.count = {count}")
         if k == 1 and self.router.generalist_weight > 0:
             raise _refused(
-                "experts.per_sample", k,
+                "experts.per_sample",
+                k,
                 f"router.generalist_weight = {self.router.generalist_weight} > 0 needs at least 2 experts per sample",
             )
         if k == 1 and self.router.selection != "frozen":
-            raise _refused("experts.per_sample", k, "it leaves selection without a signal; give 2 or more, or set router.selection: frozen")
+            raise _refused(
+                "experts.per_sample",
+                k,
+                "it leaves selection without a signal; give 2 or more, or set router.selection: frozen",
+            )
         if self.training.global_batch % self.training.accumulation:
-            raise _refused("training.accumulation", self.training.accumulation,
-                           f"it must divide training.global_batch = {self.training.global_batch}")
+            raise _refused(
+                "training.accumulation",
+                self.training.accumulation,
+                f"it must divide training.global_batch = {self.training.global_batch}",
+            )
         if self.early_exit.macs_budget is not None and self.early_exit.threshold is not None:
-            raise _refused("early_exit.threshold", self.early_exit.threshold, "early_exit.macs_budget is given too; give only one of them")
+            raise _refused(
+                "early_exit.threshold",
+                self.early_exit.threshold,
+                "early_exit.macs_budget is given too; give only one of them",
+            )
         if self.training.engine == "torch" and self.training.zero_stage != 0:
             raise _refused("training.zero_stage", self.training.zero_stage, "engine: torch knows only stage 0")
         return self
@@ -192,7 +204,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise InputError(f"{path}: the top level must be a mapping of keys such as `name`, `data`, `training`")
         for override in overrides:
             if not re.match(r"^[A-Za-z_][\w.]*=", override):
-                raise InputError(f"override {override!r} is not allowed; write key=value, for instance training.epochs=3")
+                raise InputError(
+                    f"override {override!r} is not allowed; write key=value, for instance training.epochs=3"
+                )
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(tree, resolve=True)
     except InputError:
@@ -214,12 +228,12 @@ def parse_config(content: Any) -> RunConfig:
         raise InputError(describe(error)) from None
 
 
-class _Refused(ValueError):
+class _RefusedError(ValueError):
     """A cross-field rule was broken; the message is already complete."""
 
 
-def _refused(field: str, value: object, allowed: str) -> _Refused:
-    return _Refused(f"{field}: {value} is not allowed; {allowed}")
+def _refused(field: str, value: object, allowed: str) -> _RefusedError:
+    return _RefusedError(f"{field}: {value} is not allowed; {allowed}")
 
 
 def describe(error: ValidationError) -> str:
@@ -229,7 +243,7 @@ def describe(error: ValidationError) -> str:
     context, kind, value = first.get("ctx", {}), first["type"], first["input"]
     if kind == "value_error":
         cause = context.get("error")
-        return str(cause) if isinstance(cause, _Refused) else f"{field}: {cause}"
+        return str(cause) if isinstance(cause, _RefusedError) else f"{field}: {cause}"
     if kind == "extra_forbidden":
         return f"{field}: unknown key; allowed here: {', '.join(_allowed_keys(first['loc']))}"
     if kind == "missing":

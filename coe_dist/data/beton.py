@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def write_dataset(
 
     Returns {"folder", "splits": {split: {"status": "written" | "already there", "count", "bytes", "quarantined",
     "seconds"}}, "warnings": [...], "seconds"}. Raises InputError for bad arguments, sources and existing files;
-    WriterError (RuntimeError) when writing fails.
+    WriterError when writing fails.
     """
     options = WriteOptions(
         max_resolution=max_resolution, jpeg_fraction=jpeg_fraction, jpeg_quality=jpeg_quality, limit=limit
@@ -54,20 +55,20 @@ def write_dataset(
         opened = open_source(source, root, max_resolution=max_resolution, limit=limit, workers=workers)
         report["warnings"] = list(opened.warnings)
         _check_bad(opened, max_bad, out, present)
-        out.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        split_start = time.perf_counter()
-        info = present.get(split)
-        if info is None:
-            assert opened is not None
-            info = _write_split(opened, split, out, options, workers, progress)
-        report["splits"][split] = {
-            "status": "already there" if split in present else "written",
-            "count": info.count,
-            "bytes": info.bytes,
-            "quarantined": len(info.quarantined),
-            "seconds": time.perf_counter() - split_start,
-        }
+    with _only_writer(out) if opened else nullcontext():
+        for split in SPLITS:
+            split_start = time.perf_counter()
+            info = present.get(split)
+            if info is None:
+                assert opened is not None
+                info = _write_split(opened, split, out, options, workers, progress)
+            report["splits"][split] = {
+                "status": "already there" if split in present else "written",
+                "count": info.count,
+                "bytes": info.bytes,
+                "quarantined": len(info.quarantined),
+                "seconds": time.perf_counter() - split_start,
+            }
     report["seconds"] = time.perf_counter() - start
     return report
 
@@ -76,12 +77,7 @@ def _check_arguments(source: str, options: WriteOptions, workers: int, max_bad: 
     side = options.max_resolution
     rules = (
         ("source", source, source in SOURCES, " or ".join(SOURCES)),
-        (
-            "max_resolution",
-            options.max_resolution,
-            options.max_resolution is None or options.max_resolution >= 8,
-            "8 or more",
-        ),
+        ("max_resolution", side, side is None or side >= 8, "8 or more"),
         ("jpeg_fraction", options.jpeg_fraction, 0 <= options.jpeg_fraction <= 1, "a number from 0 to 1"),
         ("jpeg_quality", options.jpeg_quality, 1 <= options.jpeg_quality <= 100, "a whole number from 1 to 100"),
         ("workers", workers, workers >= 1, "a whole number of at least 1"),
@@ -103,9 +99,7 @@ def _existing(out: Path, split: str, source: str, options: WriteOptions) -> Spli
         raise InputError(f"{error} (nothing was changed)") from error
     for field, found, wanted in (("source", info.source, source), ("options", info.written, options)):
         if found != wanted:
-            raise InputError(
-                f"{beton}: was written with {field} {found}, not {wanted}; use --overwrite or another folder"
-            )
+            raise InputError(f"{beton}: written with {field} {found}, not {wanted}; use --overwrite or another folder")
     return info
 
 
@@ -115,9 +109,8 @@ def _check_bad(source: Source, max_bad: int | None, out: Path, present: dict[str
             raise InputError(f"{out / split}.beton: its classes differ from those of the source; use --overwrite")
     bad = [item for split in source.splits.values() for item in split.quarantined]
     if max_bad is not None and len(bad) > max_bad:
-        raise InputError(
-            f"{len(bad)} images cannot be read, max_bad is {max_bad}; the first is {bad[0].file} ({bad[0].reason})"
-        )
+        first = f"the first is {bad[0].file} ({bad[0].reason})"
+        raise InputError(f"max_bad: {max_bad} is less than the {len(bad)} images that cannot be read; {first}")
 
 
 def _write_split(
@@ -160,6 +153,24 @@ def _write_split(
     finally:
         temporary.unlink(missing_ok=True)
     return info
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Two writers in one folder would mix their pages."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".write.lock").open("w")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{out}: another process is writing here") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 @contextmanager

@@ -193,8 +193,6 @@ def _require_every_class(
 ) -> None:
     counts = np.bincount(labels_N, minlength=len(classes))
     if limit is None and not counts.all():
-        raise InputError(
-            f"{folder / classes[int(counts.argmin())]}: none of its images is readable; a class needs at least one"
-        )
+        raise InputError(f"{folder / classes[int(counts.argmin())]}: no readable image; a class needs at least one")
     if not len(labels_N):
         raise InputError(f"{folder}: no readable image")

@@ -96,9 +96,8 @@ class SplitLoader:
             threads=max(1, min(threads, len(os.sched_getaffinity(0)))),
         )
         self._order = _GivenOrder(np.arange(self.count, dtype=np.int64))
-        self._loader = self._build(
-            max(1, share(global_batch, rank, world_size)[1] - share(global_batch, rank, world_size)[0])
-        )
+        start, stop = share(global_batch, rank, world_size)
+        self._loader = self._build(batch_size=max(1, stop - start))
         self._reading: Any = None  # FFCV's iterator, a thread
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
@@ -106,7 +105,7 @@ class SplitLoader:
         some possibly with zero rows. Starting an epoch ends the one before. Raises TrainingError when reading fails."""
         if not 0 <= start_step <= self.steps_per_epoch or epoch < 0:
             raise ValueError(
-                f"epoch={epoch}, start_step={start_step}; need epoch >= 0 and 0 <= start_step <= {self.steps_per_epoch}"
+                f"{epoch=}, {start_step=}; need epoch >= 0 and start_step from 0 to {self.steps_per_epoch}"
             )
         order_N = epoch_order(self.count, self._seed, epoch, shuffle=self._train)
         batches = rank_batches(order_N, self._global_batch, self._rank, self._world_size, start_step)
@@ -127,7 +126,9 @@ class SplitLoader:
             for ids_B in batches:
                 if self._reading is not reading:
                     raise RuntimeError(f"{self.beton}: epoch {epoch} was ended by the start of another one")
-                yield self._next(reading) if len(ids_B) else self._empty
+                batch = self._next(reading) if len(ids_B) else self._empty
+                assert np.array_equal(batch.ids_B.numpy(), ids_B), "FFCV gave other samples than asked for"
+                yield batch
         finally:
             if self._reading is reading:
                 self._stop()
@@ -154,12 +155,11 @@ class SplitLoader:
         if reading is None:
             return
         reading.close()
-        while reading.is_alive():  # it looks for the end only when the queue is full for half a second: make room
+        reading.iter_ixes = iter(())  # FFCV's own end waits until its queue has been full for half a second
+        while reading.is_alive():
             with contextlib.suppress(queue.Empty):
                 reading.output_queue.get_nowait()
             reading.join(timeout=0.01)
-            if self._failures.error is not None:
-                break
 
     def _build(self, batch_size: int) -> Any:
         loader = Loader(
@@ -182,7 +182,5 @@ class SplitLoader:
         classes = len(self.info.classes)
         if labels_N.min() < 0 or labels_N.max() >= classes:
             bad = int(labels_N.min() if labels_N.min() < 0 else labels_N.max())
-            raise InputError(
-                f"{self.beton}: label {bad} is not allowed; its side-car has {classes} classes (0 to {classes - 1})"
-            )
+            raise InputError(f"{self.beton}: label {bad} is outside the {classes} classes of its side-car")
         return loader

@@ -26,7 +26,8 @@ class Inspection(NamedTuple):
 def read_image(path: Path, max_resolution: int | None = None) -> Image.Image:
     """Opens a file whatever its name says and converts to RGB: EXIF rotation applied (broken EXIF ignored), first frame
     of an animation, transparency dropped as in torchvision, 16-bit grayscale scaled to 8 bits (65535 -> 255). The
-    longer side is reduced to max_resolution by area averaging. Raises what Pillow raises, ValueError for unusable pixels.
+    longer side is reduced to max_resolution by area averaging. Raises what Pillow raises, ValueError for
+    unusable pixels.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # broken EXIF and palette transparency warn for each image

@@ -28,13 +28,14 @@ from coe_dist.data.ffcv_binding import (
     worker_job_indexed_dataset,
 )
 from coe_dist.data.sources import SourceSplit
+from coe_dist.errors import TrainingError
 
 CHUNK = 32  # images a worker takes at a time: small, so that progress is seen often
 SMALLEST_PAGE = 1 << 23
 LARGEST_PAGE = 1 << 31
 
 
-class WriterError(RuntimeError):
+class WriterError(TrainingError):
     """The file could not be written: one line with the cause."""
 
 
@@ -89,7 +90,7 @@ class _WatchedWriter(DatasetWriter):  # type: ignore[misc]
         done = context.Value(ctypes.c_uint64, 0)
         arguments = (tasks, self.metadata_sm, self.metadata_type, self.fields, allocator, done, tables)
         workers = [
-            context.Process(target=_work, args=(failures, *arguments, *extra), daemon=True)
+            context.Process(target=_work, args=(failures, *arguments, *extra_worker_args), daemon=True)
             for _ in range(self.num_workers)
         ]
         try:
@@ -107,8 +108,9 @@ class _WatchedWriter(DatasetWriter):  # type: ignore[misc]
             self._check_size(allocator)
         finally:
             for worker in workers:
-                worker.terminate()
-                worker.join()
+                if worker.pid is not None:
+                    worker.terminate()
+                    worker.join()
             tasks.cancel_join_thread()
             self.metadata_sm.close()
             self.metadata_sm.unlink()
@@ -137,11 +139,11 @@ class _WatchedWriter(DatasetWriter):  # type: ignore[misc]
         raise WriterError(f"{self.fname}: a worker did not finish within {self._stall_seconds:g} s")
 
     def _raise_failure(self, workers: Sequence[BaseProcess], failures: Any) -> None:
-        if not failures.empty():
+        codes = [(worker.pid, worker.exitcode) for worker in workers if worker.exitcode]
+        if not failures.empty():  # looked at after the exit codes: a worker tells its reason before it exits
             raise WriterError(f"{self.fname}: {failures.get()}")
-        for worker in workers:
-            if worker.exitcode:
-                raise WriterError(f"{self.fname}: writer process {worker.pid} died with exit code {worker.exitcode}")
+        for pid, code in codes:
+            raise WriterError(f"{self.fname}: writer process {pid} died with exit code {code}")
 
     def _check_size(self, allocator: Any) -> None:
         expected = allocator.offset + allocator.next_page_allocated.value * self.page_size
@@ -163,7 +165,7 @@ class _Reported:
         except BaseException as error:
             self._failures.put(_one_line(error))
             raise SystemExit(1) from error
-        np.random.seed(int(index))
+        np.random.seed(int(index))  # FFCV draws from this stream whether the image becomes a JPEG
         return item
 
 

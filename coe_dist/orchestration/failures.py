@@ -1,4 +1,7 @@
-"""From the failures of several workers to one line for the user and a full account in <run_dir>/error.txt."""
+"""From the failures of several workers to one line for the user and a full account in <run_dir>/error.txt.
+
+Failures are kept by rank; -1 stands for one that Ray could not assign to a rank.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,12 @@ class WorkerFailed(Exception):  # noqa: N818  it is what happened, the error it 
 def describe_failure(error: BaseException, rank: int) -> WorkerFailed:
     """What a worker hands to the driver in place of its exception."""
     kind = "input" if isinstance(error, InputError) else "training" if isinstance(error, TrainingError) else "other"
-    line = _first_line(error)
-    message = line if kind != "other" else f"rank {rank}: {type(error).__name__}: {line}"
+    message = _first_line(error) if kind != "other" else f"{type(error).__name__}: {_first_line(error)}"
     return WorkerFailed(rank, kind, message, "".join(traceback.format_exception(error)), time.time())
 
 
 def root_cause(failures: Mapping[int, BaseException]) -> InputError | TrainingError:
-    """The error to raise for the workers' failures, by rank: bad input first, then a worker that died, then the earliest.
+    """The error to raise for the failures by rank: bad input first, then a worker that died, then the earliest.
 
     When one rank fails the others' collectives fail a moment later; those say nothing about the cause.
     """
@@ -44,8 +46,10 @@ def root_cause(failures: Mapping[int, BaseException]) -> InputError | TrainingEr
             return InputError(failure.message)
     if dead:
         rank = min(dead)
-        return TrainingError(f"rank {rank}: its process ended unexpectedly: {_reason_of_death(dead[rank])}")
-    return TrainingError(min(told, key=lambda failure: failure.when).message)
+        who = f"the process of rank {rank}" if rank >= 0 else "a worker's process"
+        return TrainingError(f"{who} ended unexpectedly: {_reason_of_death(dead[rank])}")
+    first = min(told, key=lambda failure: failure.when)
+    return TrainingError(first.message if first.kind == "training" else str(first))
 
 
 def write_account(run_dir: Path, failures: Mapping[int, BaseException]) -> Path:
@@ -54,7 +58,7 @@ def write_account(run_dir: Path, failures: Mapping[int, BaseException]) -> Path:
     parts = []
     for rank, failure in sorted(failures.items(), key=lambda item: getattr(item[1], "when", 0.0)):
         account = failure.account if isinstance(failure, WorkerFailed) else f"{type(failure).__name__}: {failure}\n"
-        parts.append(f"==== rank {rank} ====\n{account}")
+        parts.append(f"==== {f'rank {rank}' if rank >= 0 else 'Ray'} ====\n{account}")
     path.write_text("\n".join(parts))
     return path
 

@@ -22,14 +22,17 @@ def new_mark() -> str:
     return f"{os.getpid()}-{secrets.token_hex(8)}"
 
 
+def marking_variable(mark: str) -> dict[str, str]:
+    """The environment variable that marks a process. Earlier marks stay: who marked us still finds what we start."""
+    before = os.environ.get(_VARIABLE)
+    return {_VARIABLE: mark if before is None else f"{before},{mark}"}
+
+
 @contextmanager
 def marking(mark: str) -> Iterator[None]:
-    """Every process that this one starts inside the block, and theirs in turn, carries the mark.
-
-    Earlier marks are kept, so that whoever marked us still finds what we start.
-    """
+    """Every process that this one starts inside the block, and theirs in turn, carries the mark."""
     before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = mark if before is None else f"{before},{mark}"
+    os.environ.update(marking_variable(mark))
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """A local Ray of our own, or a connection to a running cluster; both end completely whatever happens.
 
-Ray listens on every interface of the machine, also for a local session. What protects it is the token: without it nobody
-can connect, submit work or read logs (Ray's token authentication). torch.distributed's own traffic knows no such
+Ray listens on every interface of the machine, also for a local session. What protects it is the token: without it
+nobody can connect, submit work or read logs (Ray's token authentication). torch.distributed's own traffic knows no such
 protection, therefore local sessions keep it on the loopback interface.
 """
 
@@ -14,7 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +60,9 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
     if not _token_given():
         environment["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file())
     gpus = usable_gpus() if config.workers.device != "cpu" else 0
-    folder = _short_temporary_folder()
+    folder = _short_private_folder()
     try:
-        with _environment(environment), _restoring_signals():
+        with _environment(environment), _own_signals() as install_handler:
             mark = new_mark()
             try:
                 with marking(mark):
@@ -72,9 +72,10 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
                         num_gpus=gpus,
                         object_store_memory=_OBJECT_STORE_BYTES,
                         include_dashboard=False,
-                        _temp_dir=str(folder),
+                        _temp_dir=str(folder / "r"),  # Ray opens it to everybody (mode 0777); its parent stays private
                         _node_ip_address=node_ip,
                     )
+                install_handler()
                 yield _session(local=True)
             finally:
                 with _undisturbed():
@@ -99,9 +100,10 @@ def connect(address: str, *, timeout_seconds: float = 10.0) -> Iterator[RaySessi
     own = default_token_file()
     if not _token_given() and own.exists():
         environment["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file(own))
-    with _environment(environment), _restoring_signals():
+    with _environment(environment), _own_signals() as install_handler:
         try:
             _init(address=address)
+            install_handler()
             yield _session(local=False)
         finally:
             with _undisturbed():
@@ -118,7 +120,7 @@ def _init(**options: Any) -> None:
 
     if ray.is_initialized():
         raise InputError("ray: already running in this process; leave the earlier session first")
-    _raise_on_sigterm()
+    _read_authentication_afresh()
     try:
         # Workers write to files of the run folder (see worker_output.py); Ray's chatter stays in its session folder.
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -126,7 +128,14 @@ def _init(**options: Any) -> None:
         if options["address"] == "local":
             raise
         raise InputError(f"address: {options['address']} is not usable; {' '.join(str(error).split())}") from error
-    _raise_on_sigterm()  # ray.init has put its own handler in place
+
+
+def _read_authentication_afresh() -> None:
+    """Ray reads RAY_AUTH_MODE when it is imported and keeps the token it read first, both in its C++ part."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _session(*, local: bool) -> RaySession:
@@ -147,7 +156,7 @@ def _token_given() -> bool:
     return "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
 
 
-def _short_temporary_folder() -> Path:
+def _short_private_folder() -> Path:
     """A fresh private folder under the user's temporary folder, or under /tmp where that one's path is too long."""
     parent = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="coe-", dir=parent if len(parent) <= _LONGEST_TEMP_FOLDER else "/tmp"))
@@ -159,7 +168,9 @@ def _refuse_unreachable(address: str, timeout_seconds: float) -> None:
         return
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or "/" in host:
-        raise InputError(f"address: {address!r} is not allowed; give host:port of a Ray head, for instance 10.0.0.1:6379, or auto")
+        raise InputError(
+            f"address: {address!r} is not allowed; give host:port of a Ray head, for instance 10.0.0.1:6379, or auto"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_seconds).close()
     except (OSError, OverflowError) as error:
@@ -180,29 +191,40 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _raise_on_sigterm() -> None:
+@contextmanager
+def _own_signals() -> Iterator[Callable[[], None]]:
+    """SIGTERM raises Terminated inside the block (main thread only); both signals' handlers are as before after it.
+
+    Yields the function that installs our handler again: ray.init puts one of its own in place.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    received = threading.Event()
+
     def terminate(_signal: int, _frame: FrameType | None) -> None:
+        received.set()
         raise Terminated
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
+    def install() -> None:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, terminate)
 
-
-@contextmanager
-def _restoring_signals() -> Iterator[None]:
-    """Puts back the handlers of SIGTERM and SIGINT: Ray and Ray Train replace them and leave theirs behind."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    install()
     try:
-        yield
+        yield install
+    except SystemExit:
+        if received.is_set():  # inside ray.get Ray makes a plain SystemExit(1) of it
+            raise Terminated from None
+        raise
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ignores Ctrl-C and SIGTERM in the block: a second one must not interrupt the clean-up, which takes bounded time."""
+    """Ignores Ctrl-C and SIGTERM in the block: the clean-up takes bounded time and must not be cut short."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,12 +1,13 @@
 """The token without which nobody can use the Ray clusters we start.
 
-One token per user, kept in a private file (mode 0600) of a private folder (0700), and used by every local session of that
-user (our own rule). Ray's background threads read the file again at any time and abort the process when it is gone, so
-the file must outlive every session; a token per session would not.
+One token per user, kept in a private file (mode 0600) of a private folder (0700), and used by every local session of
+that user (our own rule). Ray's background threads read the file again at any time and abort the process when it is
+gone, so the file must outlive every session; a token per session would not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
@@ -49,10 +50,8 @@ def _create(path: Path) -> None:
             file.write(secrets.token_hex(32))
             file.flush()
             os.fsync(file.fileno())
-        try:
+        with contextlib.suppress(FileExistsError):
             os.link(draft, path)  # unlike a rename it never replaces the token of a process that was faster
-        except FileExistsError:
-            pass
     finally:
         draft.unlink()
 
@@ -63,8 +62,9 @@ def _refuse_unless_private(path: Path, mode: int) -> None:
     if not kind_is_right:
         raise InputError(f"{path}: a {'folder' if mode == 0o700 else 'regular file'} is needed here for the Ray token")
     if status.st_uid != os.geteuid():
-        raise InputError(f"{path}: owner {status.st_uid} is not allowed; the Ray token must belong to user {os.geteuid()}")
-    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise InputError(f"{path}: owner {status.st_uid} is not allowed; give the Ray token to user {os.geteuid()}")
+    found = stat.S_IMODE(status.st_mode)
+    if found & 0o077:
         raise InputError(
-            f"{path}: mode {stat.S_IMODE(status.st_mode):04o} is not allowed; others could read the Ray token; run chmod {mode:04o} on it"
+            f"{path}: mode {found:04o} is not allowed; others could read the Ray token; run chmod {mode:04o} on it"
         )

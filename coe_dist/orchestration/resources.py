@@ -13,7 +13,7 @@ _PROC_CGROUP = Path("/proc/self/cgroup")
 
 
 def usable_cores(root: Path = _CGROUP_ROOT, own: Path = _PROC_CGROUP) -> int:
-    """Whole cores this process may use: its affinity mask, further limited by every cgroup CPU quota above it; at least 1.
+    """Whole cores this process may use: its affinity mask, limited by every cgroup CPU quota above it; at least 1.
 
     A quota of 1.5 cores counts as 1 (our own rule: two busy workers on it would throttle each other).
     """

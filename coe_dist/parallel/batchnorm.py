@@ -26,8 +26,12 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def __init__(self, original: nn.BatchNorm2d, group: Group | None) -> None:
         if original.momentum is None:
             raise ValueError("BatchNorm momentum: None is not allowed; give a number from 0 to 1")
-        super().__init__(original.num_features, original.eps, original.momentum, original.affine, original.track_running_stats)
-        self.load_state_dict({name: value for name, value in original.state_dict().items() if not name.startswith(("act.", "drop."))})
+        super().__init__(
+            original.num_features, original.eps, original.momentum, original.affine, original.track_running_stats
+        )
+        self.load_state_dict(
+            {name: value for name, value in original.state_dict().items() if not name.startswith(("act.", "drop."))}
+        )
         self.to(device=next(iter(original.state_dict().values())).device)
         self.weight, self.bias = original.weight, original.bias  # the optimizer may hold them already
         self.running_mean, self.running_var = original.running_mean, original.running_var
@@ -97,7 +101,9 @@ class _GroupNormalise(torch.autograd.Function):
     """(x - mean) / std with statistics over the group; backward all-reduces sum(dy) and sum(dy * xhat)."""
 
     @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor, count: float, group: Group) -> torch.Tensor:
+    def forward(
+        ctx: Any, images: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor, count: float, group: Group
+    ) -> torch.Tensor:
         wide = torch.promote_types(images.dtype, torch.float32)
         shape = (1, -1, 1, 1)
         normalised = (images.to(wide) - mean.to(wide).view(shape)) * inverse.to(wide).view(shape)
@@ -113,7 +119,9 @@ class _GroupNormalise(torch.autograd.Function):
         ctx.group.all_reduce_sum(sums)
         shape = (1, -1, 1, 1)
         mean_grad, mean_product = (sums / ctx.count).to(normalised.dtype).unbind(0)
-        result = (grad - mean_grad.view(shape) - normalised * mean_product.view(shape)) * inverse.to(normalised.dtype).view(shape)
+        result = (grad - mean_grad.view(shape) - normalised * mean_product.view(shape)) * inverse.to(
+            normalised.dtype
+        ).view(shape)
         return result.to(grads[0].dtype), None, None, None, None
 
 
@@ -129,7 +137,9 @@ def split_batchnorm(network: nn.Module, mode: Literal["local", "group"], group: 
 def average_statistics(network: nn.Module, group: Group) -> None:
     """Sets the running statistics of local BatchNorm layers to their average over the group, weighted by the rows each
     rank has seen since the last call. Collective over the group; one all-reduce."""
-    layers = [m for m in network.modules() if isinstance(m, SplitBatchNorm) and m.group is None and m.running_mean is not None]
+    layers = [
+        m for m in network.modules() if isinstance(m, SplitBatchNorm) and m.group is None and m.running_mean is not None
+    ]
     if group.handle is None or not layers:
         return
     flat = torch.cat([torch.cat([layer.running_mean, layer.running_var]).double() for layer in layers])  # type: ignore[list-item]

@@ -43,7 +43,9 @@ class ExchangePlan:
     receive_images: tuple[int, ...]  # images that come from that rank
     receive_pairs: tuple[int, ...]
     expert_slots: dict[int, torch.Tensor]  # hosted expert -> rows of the pool of images (see dispatch)
-    expert_pairs: dict[int, torch.Tensor]  # hosted expert -> positions among all pairs of this rank, by (source, expert, row)
+    expert_pairs: dict[
+        int, torch.Tensor
+    ]  # hosted expert -> positions among all pairs of this rank, by (source, expert, row)
     expert_totals: dict[int, int]  # hosted expert -> its pairs over all replicas
 
     def bytes_sent(self, image_bytes: int) -> int:
@@ -124,7 +126,13 @@ def plan_exchange(experts_Nk: torch.Tensor, sizes: list[int], placement: ExpertP
     slot_P, arrived_P = np.concatenate(slots), np.concatenate(experts)
     hosted = {expert: np.flatnonzero(arrived_P == expert) for expert in placement.experts_of_rank[rank]}
     return ExchangePlan(
-        rank, sizes[rank], k, tuple(send_images), tuple(send_pairs), tuple(receive_images), tuple(receive_pairs),
+        rank,
+        sizes[rank],
+        k,
+        tuple(send_images),
+        tuple(send_pairs),
+        tuple(receive_images),
+        tuple(receive_pairs),
         {expert: torch.from_numpy(slot_P[pairs]) for expert, pairs in hosted.items()},
         {expert: torch.from_numpy(pairs) for expert, pairs in hosted.items()},
         {expert: int((expert_P == expert).sum()) for expert in hosted},
@@ -145,7 +153,8 @@ def dispatch(
         own = plan.send_pairs[plan.rank].to(device)
         return _expert_batches(plan, images_BCHW, pair_labels[own], pair_weights[own])
 
-    flat, image_bytes = images_BCHW.reshape(plan.batch_rows, -1), images_BCHW[0:1].numel() or images_BCHW.shape[1:].numel()
+    image_bytes = images_BCHW.shape[1:].numel()
+    flat = images_BCHW.reshape(plan.batch_rows, image_bytes)
     segments, send_sizes, receive_sizes = [], [], []
     for other in range(world.size):
         if other == plan.rank:
@@ -153,7 +162,11 @@ def dispatch(
             receive_sizes.append(0)
             continue
         pairs, rows = plan.send_pairs[other].to(device), plan.send_images[other].to(device)
-        header = torch.stack([pair_labels[pairs], pair_weights[pairs].view(torch.int32)], dim=1).view(torch.uint8).reshape(-1)
+        header = (
+            torch.stack([pair_labels[pairs], pair_weights[pairs].view(torch.int32)], dim=1)
+            .view(torch.uint8)
+            .reshape(-1)
+        )
         segments += [header, flat.index_select(0, rows).reshape(-1)]
         send_sizes.append(len(pairs) * HEADER_BYTES + len(rows) * image_bytes)
         receive_sizes.append(plan.receive_pairs[other] * HEADER_BYTES + plan.receive_images[other] * image_bytes)
@@ -172,7 +185,7 @@ def dispatch(
             continue
         cut = plan.receive_pairs[other] * HEADER_BYTES
         header = segment[:cut].clone().view(torch.int32).reshape(-1, 2)  # the clone aligns it for the view
-        pool.append(segment[cut:].reshape(-1, image_bytes))
+        pool.append(segment[cut:].view(plan.receive_images[other], image_bytes))
         labels.append(header[:, 0])
         weights.append(header[:, 1].contiguous().view(torch.float32))
     images = torch.cat(pool).reshape(-1, *images_BCHW.shape[1:])

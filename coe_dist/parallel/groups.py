@@ -34,7 +34,9 @@ class Group:
         except (RuntimeError, ValueError) as error:
             rank = dist.get_rank() if dist.is_initialized() else 0
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TrainingError(f"rank {rank}, group {self.name!r} (ranks {list(self.ranks)}): {what} failed: {line}") from error
+            raise TrainingError(
+                f"rank {rank}, group {self.name!r} (ranks {list(self.ranks)}): {what} failed: {line}"
+            ) from error
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` over the group in place; returns it."""
@@ -57,7 +59,11 @@ class Group:
                 dist.all_gather_into_tensor(all_sizes, mine, group=self.handle)
                 sizes = all_sizes.tolist()
             longest = max(sizes)
-            padded = rows if rows.shape[0] == longest else torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+            padded = (
+                rows
+                if rows.shape[0] == longest
+                else torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+            )
             gathered = rows.new_empty(self.size * longest, *rows.shape[1:])
             dist.all_gather_into_tensor(gathered, padded.contiguous(), group=self.handle)
         if all(size == longest for size in sizes):

@@ -50,7 +50,15 @@ class Router:
     """WGM before the experts, LGM and VCM after them, on the global batch whatever the number of ranks."""
 
     def __init__(
-        self, groups: Groups, solver: Solver, *, experts: int, per_sample: int, generalist_weight: float, variance: bool, seed: int
+        self,
+        groups: Groups,
+        solver: Solver,
+        *,
+        experts: int,
+        per_sample: int,
+        generalist_weight: float,
+        variance: bool,
+        seed: int,
     ) -> None:
         self.groups, self.solver = groups, solver
         self.experts, self.per_sample, self.variance, self.seed = experts, per_sample, variance, seed
@@ -75,7 +83,9 @@ class Router:
         plan = plan_exchange(experts_Nk, sizes, self.groups.placement, rank)
         return Routing(plan, sizes, ids_N, experts_Nk, self.weights_k, slice(start, start + sizes[rank]))
 
-    def start_labels(self, losses_Bk: torch.Tensor, routing: Routing, step: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    def start_labels(
+        self, losses_Bk: torch.Tensor, routing: Routing, step: int
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """Starts labelling; the returned function gives this rank's selection labels [B,k] and VCM weights [B].
 
         losses_Bk: cross-entropy of each dispatched pair. Raises NonFiniteError on all ranks together. Collective; the

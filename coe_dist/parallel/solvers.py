@@ -45,7 +45,12 @@ class Problems:
 
     def labels(self, losses_Nk: torch.Tensor, experts_Nk: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         return modules.selection_labels(
-            losses_Nk, experts_Nk, experts=self.experts, rule=self.rule, temperature=self.temperature, sample_ids_N=ids_N
+            losses_Nk,
+            experts_Nk,
+            experts=self.experts,
+            rule=self.rule,
+            temperature=self.temperature,
+            sample_ids_N=ids_N,
         )
 
 

@@ -53,7 +53,14 @@ def sha256_of(path: Path) -> str:
 
 
 def save(
-    folder: Path, engines: list[NetworkEngine], groups: Groups, position: Position, *, config_digest: str, extra: dict[str, Any], keep: int
+    folder: Path,
+    engines: list[NetworkEngine],
+    groups: Groups,
+    position: Position,
+    *,
+    config_digest: str,
+    extra: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Writes checkpoints/step-<step> under `folder`; returns it. Collective: every rank calls it.
 
@@ -106,12 +113,28 @@ def _write_network(folder: Path, engine: NetworkEngine, state: dict[str, dict[st
 
 
 def _publish(
-    folder: Path, partial: Path, target: Path, files: dict[str, str], position: Position, digest: str, experts: int,
-    extra: dict[str, Any], keep: int,
+    folder: Path,
+    partial: Path,
+    target: Path,
+    files: dict[str, str],
+    position: Position,
+    digest: str,
+    experts: int,
+    extra: dict[str, Any],
+    keep: int,
 ) -> None:
     expected = 2 * (experts + 1) if any(name.startswith("expert") for name in files) else len(files)
-    assert len(files) == expected, f"{len(files)} files for {experts} experts; every expert must be written exactly once"
-    manifest = {"format": FORMAT, "config_digest": digest, "experts": experts, **vars(position), **extra, "files": files}
+    assert len(files) == expected, (
+        f"{len(files)} files for {experts} experts; every expert must be written exactly once"
+    )
+    manifest = {
+        "format": FORMAT,
+        "config_digest": digest,
+        "experts": experts,
+        **vars(position),
+        **extra,
+        "files": files,
+    }
     temporary = partial / ".manifest.json"
     temporary.write_text(json.dumps(manifest, indent=1))
     temporary.rename(partial / "manifest.json")
@@ -127,7 +150,11 @@ def _publish(
 
 def complete_saves(folder: Path) -> list[Path]:
     """Folders with a manifest, newest first."""
-    saves = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name) and (path / "manifest.json").is_file()]
+    saves = [
+        path
+        for path in folder.glob("step-*")
+        if re.fullmatch(r"step-\d{8}", path.name) and (path / "manifest.json").is_file()
+    ]
     return sorted(saves, reverse=True)
 
 
@@ -138,7 +165,9 @@ def damage(save: Path) -> str:
     except (OSError, ValueError) as error:
         return f"manifest.json: {error}"
     if manifest.get("format") != FORMAT:
-        raise InputError(f"{save}: checkpoint format {manifest.get('format')} is not allowed; this version reads format {FORMAT}")
+        raise InputError(
+            f"{save}: checkpoint format {manifest.get('format')} is not allowed; this version reads format {FORMAT}"
+        )
     for name, digest in manifest["files"].items():
         path = save / name
         if Path(name).name != name or not path.is_file():
@@ -159,11 +188,15 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def load(save: Path, engines: list[NetworkEngine], *, experts: int, optimizer: bool = True) -> tuple[Position, dict[str, Any]]:
+def load(
+    save: Path, engines: list[NetworkEngine], *, experts: int, optimizer: bool = True
+) -> tuple[Position, dict[str, Any]]:
     """Loads this rank's networks from a save of any world size. Raises InputError when the save holds other networks."""
     manifest = json.loads((save / "manifest.json").read_text())
     if manifest["experts"] != experts:
-        raise InputError(f"{save}: it holds {manifest['experts']} experts, experts.count is {experts}; `coe-dist scale` changes the count")
+        raise InputError(
+            f"{save}: it holds {manifest['experts']} experts, experts.count is {experts}; `coe-dist scale` changes the count"
+        )
     for engine in engines:
         load_weights(save, engine.network, engine.name)
         if optimizer:
@@ -182,7 +215,8 @@ def load_weights(save: Path, network: torch.nn.Module, name: str) -> None:
     own = network.state_dict()
     wrong = [key for key in sorted(set(own) ^ set(weights))] + [
         f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}"
-        for key in sorted(set(own) & set(weights)) if own[key].shape != weights[key].shape
+        for key in sorted(set(own) & set(weights))
+        if own[key].shape != weights[key].shape
     ]
     if wrong:
         raise InputError(f"{path}: it does not fit the configured network: {', '.join(wrong[:3])}")

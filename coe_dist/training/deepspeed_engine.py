@@ -19,7 +19,15 @@ from torch import nn
 from coe_dist.config import TrainingConfig
 from coe_dist.errors import InputError
 from coe_dist.parallel.groups import Group
-from coe_dist.training.engines import State, clip_gradients, full_state, gradient_norm, named_trainable, set_full_state, zero_loss
+from coe_dist.training.engines import (
+    State,
+    clip_gradients,
+    full_state,
+    gradient_norm,
+    named_trainable,
+    set_full_state,
+    zero_loss,
+)
 
 
 def prepare_deepspeed() -> Any:
@@ -83,7 +91,9 @@ class DeepSpeedEngine:
         from deepspeed.utils import groups as deepspeed_groups
 
         if alone is None:
-            raise InputError("training.engine: deepspeed needs torch.distributed to be initialised, also for one process")
+            raise InputError(
+                "training.engine: deepspeed needs torch.distributed to be initialised, also for one process"
+            )
         self.name, self.network, self.group, self.stage = name, network, group, config.zero_stage
         self.grad_norm = 0.0
         self.clip_norm = config.clip_norm
@@ -156,11 +166,31 @@ class DeepSpeedEngine:
             return full_state(self.network, self.engine.optimizer)
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        keys = sorted({key for entry in self.engine.optimizer.optimizer.state.values() for key in entry if key != "step"})
+        names = {parameter: name for name, parameter in named_trainable(self.network)}
         state: State = {}
-        for name, parameter in named_trainable(self.network):
-            state[name] = {key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in keys}
+        for parameters, entries in self._linked_groups():
+            scalars = {key: value for key, value in entries.items() if value.ndim == 0}
+            for parameter in parameters:
+                full = {key: safe_get_full_optimizer_state(parameter, key) for key in entries if key not in scalars}
+                state[names[parameter]] = {
+                    key: value.detach().cpu().clone() for key, value in {**full, **scalars}.items()
+                }
         return state
+
+    def _linked_groups(self) -> list[tuple[list[nn.Parameter], dict[str, torch.Tensor]]]:
+        """Per parameter group of the ZeRO optimizer: its parameters, and the state of this rank's flat partition.
+
+        DeepSpeed links parameters to the state once, before SGD has its momentum; here they are linked anew.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        zero = self.engine.optimizer
+        groups = []
+        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
+            entries = {key: value for key, value in zero.optimizer.state[flat].items() if torch.is_tensor(value)}
+            groups.append((parameters, entries))
+        return groups
 
     def load_optimizer_state(self, state: State) -> None:
         self._activate()
@@ -169,6 +199,13 @@ class DeepSpeedEngine:
             return
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        for name, parameter in named_trainable(self.network):
-            for key, value in state.get(name, {}).items():
-                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+        zero = self.engine.optimizer
+        names = {parameter: name for name, parameter in named_trainable(self.network)}
+        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for key, value in state.get(names[parameters[0]], {}).items():
+                zero.optimizer.state[flat][key] = value.clone() if value.ndim == 0 else torch.zeros_like(flat)
+        for parameters, _ in self._linked_groups():
+            for parameter in parameters:
+                for key, value in state.get(names[parameter], {}).items():
+                    if value.ndim > 0:
+                        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)

@@ -74,6 +74,11 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def wide(logits: torch.Tensor) -> torch.Tensor:
+    """Losses are computed in at least float32, whatever autocast produced."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def gradient_norm(network: nn.Module) -> torch.Tensor:
     """2-norm over all gradients of the network, a scalar."""
     return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None], foreach=True)
@@ -89,7 +94,9 @@ def clip_gradients(network: nn.Module, norm: float, limit: float) -> None:
 class TorchEngine:
     """Plain torch: one flat all-reduce per network and step."""
 
-    def __init__(self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig, group: Group) -> None:
+    def __init__(
+        self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig, group: Group
+    ) -> None:
         self.name, self.network, self.group = name, network, group
         self.optimizer, self.clip_norm, self.precision = optimizer, config.clip_norm, config.precision
         self.grad_norm = 0.0
@@ -141,7 +148,11 @@ def named_trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def full_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Optimizer state of an unpartitioned optimizer, by parameter name, cloned to the CPU."""
     return {
-        name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[parameter].items() if value is not None}
+        name: {
+            key: torch.as_tensor(value).detach().cpu().clone()
+            for key, value in optimizer.state[parameter].items()
+            if value is not None
+        }
         for name, parameter in named_trainable(network)
         if parameter in optimizer.state
     }
@@ -152,5 +163,6 @@ def set_full_state(network: nn.Module, optimizer: torch.optim.Optimizer, state: 
         if name in state:
             # torch keeps `step` counters on the CPU, everything else beside the parameter
             optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True) for key, value in state[name].items()
+                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                for key, value in state[name].items()
             }

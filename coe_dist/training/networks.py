@@ -27,13 +27,21 @@ class NetworkBuilder:
     info: SplitInfo
 
     def _arguments(self) -> dict[str, Any]:
-        return {"channels": self.info.channels, "classes": len(self.info.classes), "mean": self.info.mean, "std": self.info.std}
+        return {
+            "channels": self.info.channels,
+            "classes": len(self.info.classes),
+            "mean": self.info.mean,
+            "std": self.info.std,
+        }
 
     def delegator(self) -> nn.Module:
         section = self.config.delegator
         with _naming("delegator"):
             return backbones.build_delegator(
-                section.network, section.options, experts=self.config.experts.count, **self._arguments(),
+                section.network,
+                section.options,
+                experts=self.config.experts.count,
+                **self._arguments(),
                 seed=derive_seed(self.config.seed, "delegator"),
             )
 
@@ -67,7 +75,13 @@ class _naming:
 
 
 def engine_for(
-    name: str, network: nn.Module, config: RunConfig, group: Group, groups: Groups, device: torch.device, learning_rate: float
+    name: str,
+    network: nn.Module,
+    config: RunConfig,
+    group: Group,
+    groups: Groups,
+    device: torch.device,
+    learning_rate: float,
 ) -> NetworkEngine:
     """Puts a network on its device, splits its BatchNorm over its group, and wraps it in an engine."""
     training = config.training
@@ -76,7 +90,9 @@ def engine_for(
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.train()
-    return build_engine(name, network, build_optimizer(network, training.optimizer, learning_rate), training, group, groups.alone)
+    return build_engine(
+        name, network, build_optimizer(network, training.optimizer, learning_rate), training, group, groups.alone
+    )
 
 
 def collaboration_engines(
@@ -84,10 +100,14 @@ def collaboration_engines(
 ) -> tuple[NetworkEngine, dict[int, NetworkEngine]]:
     """The delegator's engine and one per hosted expert, created in global expert order. Collective."""
     optimizer = config.training.optimizer
-    delegator = engine_for("delegator", builder.delegator(), config, groups.world, groups, device, optimizer.learning_rate)
+    delegator = engine_for(
+        "delegator", builder.delegator(), config, groups.world, groups, device, optimizer.learning_rate
+    )
     rate = optimizer.expert_learning_rate or optimizer.learning_rate
     experts = {
-        expert: engine_for(f"expert {expert}", builder.expert(expert), config, groups.experts[expert], groups, device, rate)
+        expert: engine_for(
+            f"expert {expert}", builder.expert(expert), config, groups.experts[expert], groups, device, rate
+        )
         for expert in groups.hosted
     }
     return delegator, experts

@@ -19,7 +19,9 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, learning_rate: 
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    assert sum(len(group["params"]) for group in groups) == len({id(p) for p in trainable}), "a parameter is in two groups"  # type: ignore[arg-type]
+    assert sum(len(group["params"]) for group in groups) == len({id(p) for p in trainable}), (
+        "a parameter is in two groups"
+    )  # type: ignore[arg-type]
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0
         return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=nesterov, foreach=True)

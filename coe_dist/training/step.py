@@ -22,21 +22,27 @@ import torch.nn.functional as F
 from coe_dist.coe import modules
 from coe_dist.parallel.exchange import ExpertBatch, combine, dispatch
 from coe_dist.parallel.router import NonFiniteError, Router, Routing
-from coe_dist.training.engines import NetworkEngine
+from coe_dist.training.engines import NetworkEngine, wide
 
 
 @dataclass
 class StepSums:
-    """Sums over this rank's rows since the last report; additive over ranks and steps."""
+    """Sums over this rank's rows since the last report; additive over ranks and steps.
+
+    `values` stay on the device until they are read, so that a step never waits for the GPU because of them:
+    delegator_loss, selection_loss, delegator_correct over images; expert_loss (weighted) over (sample, expert) pairs.
+    """
 
     images: int = 0
-    delegator_loss: float = 0.0
-    selection_loss: float = 0.0
-    expert_loss: float = 0.0  # weighted, over this rank's (sample, expert) pairs
-    delegator_correct: int = 0
     bytes_sent: int = 0
-    load: torch.Tensor | None = None  # [E] of the GLOBAL batches, the same on every rank
+    load: torch.Tensor | None = (
+        None  # images assigned to each expert of the GLOBAL batches, int64 [E], equal on all ranks
+    )
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        self.values[name] = self.values[name] + value if name in self.values else value
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,9 @@ class CollaborationStep:
         assert delegator.group.size == world.size, "the delegator must be replicated on every rank"
         assert tuple(sorted(experts)) == router.groups.hosted, "an engine per hosted expert, by global id"
         for expert, engine in experts.items():
-            assert engine.group.size == router.groups.placement.replicas(expert), f"expert {expert}: wrong replica group"
+            assert engine.group.size == router.groups.placement.replicas(expert), (
+                f"expert {expert}: wrong replica group"
+            )
 
     def step(self, batches: Sequence[MicroBatch], sums: StepSums) -> bool:
         """One optimizer step over the accumulated micro-batches. False when a non-finite value made it skip a network.
@@ -101,7 +109,7 @@ class CollaborationStep:
         # 2. delegate
         class_logits_BC, selection_BE = self.delegator(batch.images) if self._runs(batch) else self._no_rows(batch)
         # 3. route
-        routing = self.router.route(selection_BE, batch.ids, step)
+        routing = self.router.route(wide(selection_BE), batch.ids, step)
         samples = routing.samples
         # 4. dispatch, learn, return
         weights_Bk = routing.weights_k.expand(len(batch.labels), -1)
@@ -148,7 +156,7 @@ class CollaborationStep:
             if self.label_smoothing > 0:
                 learned = F.cross_entropy(logits, rows.labels, reduction="none", label_smoothing=self.label_smoothing)
             weighted = (learned * rows.weights.to(learned.dtype)).sum()
-            sums.expert_loss += float(weighted.detach())
+            sums.add("expert_loss", weighted.detach())
             backward[expert] = weighted * (engine.group.size / divisor)
         return losses, backward
 
@@ -169,12 +177,7 @@ class CollaborationStep:
         classes = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing).sum()
         per_row = modules.selection_losses(wide(selection_BE), routing.experts_Bk, labels_Bk) * variance_B
         selection = per_row.sum() * (0.0 if self.frozen_selection else 1.0)
-        sums.delegator_loss += float(classes.detach())
-        sums.selection_loss += float(selection.detach())
-        sums.delegator_correct += int((logits.detach().argmax(1) == batch.labels).sum())
+        sums.add("delegator_loss", classes.detach())
+        sums.add("selection_loss", selection.detach())
+        sums.add("delegator_correct", (logits.detach().argmax(1) == batch.labels).sum())
         return classes + self.selection_weight * selection
-
-
-def wide(logits: torch.Tensor) -> torch.Tensor:
-    """Losses are computed in at least float32, whatever autocast produced."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,198 @@
+"""`coe-dist`: one thin command per user job. Each parses, calls one function, prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, TrainingError
+
+app = typer.Typer(
+    name="coe-dist",
+    help="Train and use a Collaboration of Experts: a light delegator answers an image itself or picks one of E experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Write and inspect data sets.")
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[
+    Path, typer.Argument(help="A YAML file, for instance configs/fashion_mnist.yaml", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides such as training.epochs=3 experts.count=8", show_default=False)
+]
+RunPath = Annotated[Path, typer.Argument(help="A run folder, for instance runs/demo", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    if debug:
+        os.environ["COE_DIST_DEBUG"] = "1"
+
+
+@app.command(epilog="Example: coe-dist train configs/fashion_mnist.yaml training.epochs=3 name=short")
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster; without it a local Ray is started.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Delete an existing run of this name instead of resuming it.")
+    ] = False,
+) -> None:
+    """Train a collaboration; an existing run of the same name is resumed."""
+    from coe_dist.config import load_config
+    from coe_dist.orchestration.display import show_evaluation
+    from coe_dist.orchestration.runs import train as run
+
+    run_dir = run(load_config(config, overrides or ()), address=address, overwrite=overwrite)
+    show_evaluation(json.loads((run_dir / "evaluation-test.json").read_text()), run_dir)
+
+
+@app.command(epilog="Example: coe-dist demo configs/fashion_mnist.yaml")
+def demo(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="Start anew.")] = False,
+) -> None:
+    """Train a collaboration and two single networks on real data, and compare them."""
+    from coe_dist.config import load_config
+    from coe_dist.orchestration.demo import run_demo
+    from coe_dist.orchestration.display import show_summary
+
+    settings = load_config(config, overrides or ())
+    show_summary(run_demo(settings, overwrite=overwrite), settings.run_dir)
+
+
+@app.command(epilog="Example: coe-dist evaluate runs/demo --macs-budget 200000 --json")
+def evaluate(
+    run: RunPath,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    macs_budget: Annotated[
+        float | None, typer.Option(help="Average MACs per image; the threshold is calibrated on validation.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Delegator confidence from which an image exits early.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a run's newest checkpoint; every image is counted once."""
+    from coe_dist.orchestration.display import show_evaluation
+    from coe_dist.orchestration.runs import evaluate as compute
+
+    result = compute(run, split=split, macs_budget=macs_budget, threshold=threshold, address=address)
+    print(json.dumps(result)) if as_json else show_evaluation(result, run)
+
+
+@data_app.command(
+    "write",
+    epilog="Example: coe-dist data write --source imagefolder --root ~/imagenet --out data/imagenet --max-resolution 500",
+)
+def data_write(
+    out: Annotated[Path, typer.Option(help="Folder for train.beton, validation.beton and test.beton.")],
+    source: Annotated[str, typer.Option(help="fashion-mnist or imagefolder")] = "fashion-mnist",
+    root: Annotated[Path | None, typer.Option(help="Where the images are; fashion-mnist is found by itself.")] = None,
+    max_resolution: Annotated[int | None, typer.Option(help="Shrink images whose longer side has more pixels.")] = None,
+    jpeg_fraction: Annotated[float, typer.Option(help="Fraction of images stored as JPEG, the rest raw.")] = 0.0,
+    max_bad: Annotated[int | None, typer.Option(help="Fail when more images than this are unreadable.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Write again what is already there.")] = False,
+) -> None:
+    """Turn a data set into FFCV files, which training reads."""
+    from coe_dist.data.beton import write_dataset
+
+    options: dict[str, Any] = {} if max_bad is None else {"max_bad": max_bad}
+    written = write_dataset(
+        source,
+        out,
+        root=root,
+        max_resolution=max_resolution,
+        jpeg_fraction=jpeg_fraction,
+        overwrite=overwrite,
+        progress=True,
+        **options,
+    )
+    print(json.dumps(written, indent=1, default=str))
+
+
+@app.command(epilog="Example: coe-dist report runs/demo")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders", show_default=False)], out: Path | None = None
+) -> None:
+    """Write a self-contained HTML report of one or more runs."""
+    from coe_dist.report.build import write_report
+
+    print(write_report(runs, out))
+
+
+@app.command(epilog="Example: coe-dist ui runs/demo")
+def ui(
+    run: Annotated[Path, typer.Argument(help="A run folder, or the folder that holds the runs")] = Path("runs"),
+    port: int = 5000,
+) -> None:
+    """Open MLflow's own page on the recorded runs (http://127.0.0.1:5000, Ctrl-C ends it)."""
+    from coe_dist.orchestration.ui import serve
+
+    raise typer.Exit(serve(run, port))
+
+
+@app.command(epilog="Example: coe-dist doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """Check versions, cores, memory and GPUs, and whether FFCV, DeepSpeed, Ray and MLflow really work here."""
+    from rich.console import Console
+
+    from coe_dist.orchestration.doctor import collect, diagnose
+
+    if as_json:
+        print(json.dumps(collect(), default=str))
+    else:
+        raise typer.Exit(diagnose(Console()))
+
+
+@app.command(epilog="Example: coe-dist bench router --json")
+def bench(
+    name: Annotated[str, typer.Argument(help="router, exchange or step")],
+    as_json: AsJson = False,
+    quick: Annotated[bool, typer.Option(help="Only the smallest case, to see that it works.")] = False,
+) -> None:
+    """Measure a part of the system against its peer in the same run."""
+    from coe_dist.bench.record import run_bench, show
+
+    record = run_bench(name, quick=quick)
+    print(json.dumps(record)) if as_json else show(record)
+
+
+def main() -> None:
+    """Maps errors to one line and exit codes: 2 bad input, 1 failed, 130 interrupted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except InputError as error:
+        _fail(str(error), EXIT_BAD_INPUT)
+    except TrainingError as error:
+        _fail(str(error), EXIT_FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command line itself was wrong
+            _fail(error.format_message(), EXIT_BAD_INPUT)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("COE_DIST_DEBUG"):
+        raise
+    print(f"coe-dist: {message}", file=sys.stderr)
+    sys.exit(code)

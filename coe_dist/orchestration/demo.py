@@ -1,0 +1,74 @@
+"""The demonstration: a collaboration beside its two single-network baselines, same recipe, one table and a report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from coe_dist import tracking
+from coe_dist.config import NetworkConfig, RunConfig
+from coe_dist.data.beton import write_dataset
+from coe_dist.orchestration.ray_session import session_for
+from coe_dist.orchestration.ray_train import check_workers
+from coe_dist.orchestration.runs import load_run_config, train_in
+
+
+def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes the data if it is not there, trains three systems, and writes summary.json and report.html.
+
+    Returns the summary: {coe, single, single_same_macs, seconds, seed, expert_samples_per_image}.
+    """
+    from coe_dist.coe.backbones import classifier_with_macs
+    from coe_dist.report.build import write_report
+    from coe_dist.training.checks import check_run
+
+    check_workers(config)
+    started = time.perf_counter()
+    folder = Path(config.data.folder)
+    write_dataset(config.data.source, folder, progress=True)
+    builder = check_run(config)
+    seconds = {"data": time.perf_counter() - started}
+
+    def timed(name: str, run_config: RunConfig, network: NetworkConfig | None) -> Path:
+        begin = time.perf_counter()
+        run_dir = train_in(session, run_config, network=network, overwrite=overwrite)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+        return run_dir
+
+    with session_for(config, None) as session:
+        run_dir = timed("train_coe", config, None)
+        coe = json.loads((run_dir / "evaluation-test.json").read_text())
+        expert = NetworkConfig(network=config.experts.network, options=config.experts.options)
+        options = classifier_with_macs(
+            expert.network,
+            expert.options,
+            channels=builder.info.channels,
+            classes=len(builder.info.classes),
+            resolution=config.data.resolution,
+            target_macs=coe["average_macs"],
+        )
+        same_macs = NetworkConfig(network=expert.network, options=options)
+        singles = {}
+        for name, network in (("single", expert), ("single_same_macs", same_macs)):
+            baseline = config.model_copy(update={"name": f"{config.name}-{name.replace('_', '-')}"})
+            singles[name] = json.loads((timed("train_single", baseline, network) / "evaluation-test.json").read_text())
+    ends = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    seconds["evaluate"] = next((line["evaluate_seconds"] for line in reversed(ends) if line["kind"] == "end"), 0.0)
+    summary = {
+        "coe": {"top1": coe["top1"]["coe"], "average_macs": coe["average_macs"]},
+        "single": {"top1": singles["single"]["top1"], "macs": singles["single"]["macs"]},
+        "single_same_macs": {"top1": singles["single_same_macs"]["top1"], "macs": singles["single_same_macs"]["macs"]},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seed": config.seed,
+        "expert_samples_per_image": {
+            "coe": config.experts_per_sample * config.training.epochs,
+            "single": config.training.epochs,
+            "single_same_macs": config.training.epochs,
+        },
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    report = write_report([run_dir])
+    tracking.log_artifacts(load_run_config(run_dir), tracking.run_id_of(run_dir), [run_dir / "summary.json", report])
+    return summary

@@ -1,0 +1,168 @@
+"""Reads a run folder for the report. Missing files are None; unreadable ones are None too and named in `problems`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from coe_dist.errors import InputError
+from coe_dist.tracking import read_metrics
+
+
+def _number_or_none(value: Any) -> Any:
+    """JSON has no NaN, so writers use null, NaN or a string for `no images to average over`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value if isinstance(value, str) and value else None
+    return number if math.isfinite(number) else None
+
+
+Number = Annotated[float | None, BeforeValidator(_number_or_none)]
+
+
+class Top1(BaseModel):
+    """Fractions from 0 to 1."""
+
+    coe: float
+    delegator: float
+    oracle: float
+    experts: list[Number]
+
+
+class CurvePoint(BaseModel):
+    threshold: Number = None
+    exit_rate: float
+    average_macs: float
+    top1: float
+
+
+class Macs(BaseModel):
+    delegator: float
+    experts: list[float]
+
+
+class Evaluation(BaseModel):
+    """evaluation-<split>.json; fractions from 0 to 1, MACs of one image."""
+
+    split: str
+    images: int
+    top1: Top1
+    exit_rate: float
+    average_macs: float
+    load: list[float]
+    threshold: Number = None
+    curve: list[CurvePoint] = Field(default_factory=list)
+    macs: Macs
+    expert_accuracy: list[Number] = Field(default_factory=list)
+
+
+class Details(BaseModel):
+    """details-<split>.json; `selected` and `correct` are [C][E] image counts."""
+
+    classes: list[str]
+    selected: list[list[int]]
+    correct: list[list[int]]
+    images_per_class: list[int]
+
+
+class System(BaseModel):
+    top1: float
+    macs: Number = None
+    average_macs: Number = None
+
+
+class Summary(BaseModel):
+    """summary.json of a comparison; `coe` beside single networks."""
+
+    coe: System
+    single: System | None = None
+    single_same_macs: System | None = None
+    seconds: dict[str, Number] = Field(default_factory=dict)
+    expert_samples_per_image: dict[str, Number] = Field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. `series` maps a metric's name to {step: value}; the last value of a step counts (resumed runs)."""
+
+    folder: Path
+    name: str
+    start: dict[str, Any]
+    end: dict[str, Any]
+    series: dict[str, dict[int, float]]
+    evaluation: Evaluation | None
+    details: Details | None
+    summary: Summary | None
+    config: str
+    problems: list[str] = field(default_factory=list)
+
+    def last(self, name: str) -> float | None:
+        """The newest finite value of a metric."""
+        values = [value for _, value in sorted(self.series.get(name, {}).items()) if math.isfinite(value)]
+        return values[-1] if values else None
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Raises InputError where the folder does not exist or holds nothing of a run."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    problems: list[str] = []
+    evaluation = _read(folder, "evaluation-test.json", Evaluation, problems) or _read(
+        folder, "evaluation-validation.json", Evaluation, problems
+    )
+    split = evaluation.split if evaluation else "test"
+    details = _read(folder, f"details-{split}.json", Details, problems)
+    if details and not _consistent(details):
+        problems.append(f"details-{split}.json is left out: its tables differ in size")
+        details = None
+    start: dict[str, Any] = {}
+    end: dict[str, Any] = {}
+    series: dict[str, dict[int, float]] = {}
+    for record in read_metrics(folder):
+        if record["kind"] == "start":
+            start, end = record, {}
+        elif record["kind"] == "end":
+            end = record
+        step, metrics = record.get("step"), record.get("metrics")
+        if isinstance(step, int) and isinstance(metrics, dict):
+            for name, value in metrics.items():
+                series.setdefault(name, {})[step] = value
+    summary = _read(folder, "summary.json", Summary, problems)
+    if not (series or start or evaluation or summary or problems):
+        raise InputError(f"{folder}: not a run folder; it holds neither metrics.jsonl nor an evaluation-*.json")
+    config = folder / "config.yaml"
+    text = config.read_text(errors="replace") if config.is_file() else ""
+    name = folder.resolve().name
+    return Run(folder, name, start, end, series, evaluation, details, summary, text, problems)
+
+
+def _read(folder: Path, name: str, model: type[Model], problems: list[str]) -> Model | None:
+    path = folder / name
+    if not path.is_file():
+        return None
+    try:
+        return model.model_validate(json.loads(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problems.append(f"{name} is left out: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}")
+    except (OSError, ValueError) as error:
+        problems.append(f"{name} is left out: {error}")
+    return None
+
+
+def _consistent(details: Details) -> bool:
+    classes = len(details.classes)
+    tables = (details.selected, details.correct)
+    experts = {len(row) for table in tables for row in table}
+    return len(experts) <= 1 and all(len(t) == classes for t in (*tables, details.images_per_class))

@@ -1,0 +1,199 @@
+"""Distributed evaluation: every image counted exactly once, on any data set size and world size.
+
+Each rank runs the delegator on its share, every image travels to every expert (dense dispatch), the class logits travel
+back, and one small record per image is gathered. All figures are then sums over images, never means of means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from coe_dist.coe import early_exit
+from coe_dist.parallel.batchnorm import average_statistics
+from coe_dist.parallel.exchange import combine, dispatch, plan_exchange
+from coe_dist.parallel.groups import Groups
+from coe_dist.training.engines import NetworkEngine, autocast, wide
+from coe_dist.training.step import MicroBatch
+
+
+@dataclass(frozen=True)
+class Records:
+    """One row per image of the split, in id order, on the CPU and equal on every rank."""
+
+    ids_N: torch.Tensor  # int64
+    labels_N: torch.Tensor  # int64
+    confidence_N: torch.Tensor  # largest softmax probability of the delegator
+    delegator_N: torch.Tensor  # bool: the delegator is right
+    selected_N: torch.Tensor  # int64: argmax of the selection logits
+    experts_NE: torch.Tensor  # bool: expert j is right
+    final_N: torch.Tensor  # bool: the answer is right when the image does not exit early
+
+
+class Evaluator:
+    """Runs the networks of all ranks over a split."""
+
+    def __init__(
+        self,
+        delegator: NetworkEngine,
+        experts: dict[int, NetworkEngine],
+        groups: Groups,
+        *,
+        classes: int,
+        precision: str,
+        final: Literal["expert", "average"],
+    ) -> None:
+        self.delegator, self.experts, self.groups = delegator, experts, groups
+        self.classes, self.precision, self.final = classes, precision, final
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[MicroBatch]) -> Records:
+        """Collective: every rank gives the same number of batches (some may be empty)."""
+        engines = [self.delegator, *self.experts.values()]
+        for engine in engines:
+            average_statistics(engine.network, engine.group)
+            engine.network.eval()
+        try:
+            rows = [self._batch(batch) for batch in batches]
+        finally:
+            for engine in engines:
+                engine.network.train()
+        gathered, _ = self.groups.world.all_gather_rows(torch.cat(rows))
+        order = torch.argsort(gathered[:, 0])
+        table = gathered[order].cpu()
+        ids = table[:, 0].long()
+        assert len(ids) == len(ids.unique()), "an image was evaluated twice"
+        return Records(
+            ids,
+            table[:, 1].long(),
+            table[:, 2],
+            table[:, 3].bool(),
+            table[:, 4].long(),
+            table[:, 6:].bool(),
+            table[:, 5].bool(),
+        )
+
+    def _batch(self, batch: MicroBatch) -> torch.Tensor:
+        """Float64 rows [B, 6+E]: id, label, confidence, delegator right, selected, final right, each expert right."""
+        experts, device = self.groups.placement.experts, batch.images.device
+        rows = len(batch.labels)
+        sizes = self._sizes(rows, device)
+        everyone = torch.arange(experts, device=device).expand(sum(sizes), -1)
+        plan = plan_exchange(everyone, sizes, self.groups.placement, self.groups.rank)
+        weights = torch.ones(rows, experts, device=device)
+        received = dispatch(plan, batch.images, batch.labels, weights, self.groups.world)
+        answers = {
+            expert: self._forward(engine, received[expert].images) for expert, engine in sorted(self.experts.items())
+        }
+        expert_logits_BEC = combine(plan, answers, self.groups.world)()
+        if rows == 0:
+            return torch.zeros(0, 6 + experts, dtype=torch.float64, device=device)
+        with autocast(self.precision, device):
+            logits_BC, selection_BE = self.delegator.network(batch.images)
+        logits_BC, selected_B = wide(logits_BC), selection_BE.argmax(1)
+        probabilities = expert_logits_BEC[torch.arange(rows, device=device), selected_B].softmax(1)
+        if self.final == "average":
+            probabilities = probabilities + logits_BC.softmax(1)
+        columns = [
+            batch.ids,
+            batch.labels,
+            early_exit.confidence(logits_BC),
+            logits_BC.argmax(1) == batch.labels,
+            selected_B,
+            probabilities.argmax(1) == batch.labels,
+        ]
+        right_BE = expert_logits_BEC.argmax(2) == batch.labels[:, None]
+        return torch.cat([torch.stack([column.double() for column in columns], 1), right_BE.double()], 1)
+
+    def _sizes(self, rows: int, device: torch.device) -> list[int]:
+        sizes, _ = self.groups.world.all_gather_rows(torch.tensor([rows], device=device))
+        return [int(size) for size in sizes]
+
+    def _forward(self, engine: NetworkEngine, images: torch.Tensor) -> torch.Tensor:
+        if len(images) == 0:  # some layers refuse empty batches
+            parameter = next(engine.network.parameters())
+            return wide(parameter.new_zeros(0, self.classes))
+        with autocast(self.precision, images.device):
+            return wide(engine.network(images))
+
+
+def summarise(
+    records: Records,
+    *,
+    split: str,
+    delegator_macs: int,
+    expert_macs: list[int],
+    threshold: float | None,
+    curve: bool = True,
+) -> dict[str, Any]:
+    """The figures of one evaluation (the object that `coe-dist evaluate --json` prints). Fractions 0-1, MACs integers.
+
+    threshold None: no image exits early.
+    """
+    images, experts = len(records.ids_N), records.experts_NE.shape[1]
+    macs_N = torch.tensor(expert_macs, dtype=torch.float64)[records.selected_N]
+    exits_N = records.confidence_N >= (float("inf") if threshold is None else threshold)
+    right_N = torch.where(exits_N, records.delegator_N, records.final_N)
+    load = torch.bincount(records.selected_N, minlength=experts)
+    chosen_right = records.experts_NE.gather(1, records.selected_N[:, None])[:, 0]
+    own = torch.bincount(records.selected_N, weights=chosen_right.double(), minlength=experts)
+    result: dict[str, Any] = {
+        "split": split,
+        "images": images,
+        "top1": {
+            "coe": _mean(right_N),
+            "delegator": _mean(records.delegator_N),
+            "oracle": _mean(records.experts_NE.any(1)),
+            "experts": [_mean(records.experts_NE[:, expert]) for expert in range(experts)],
+            "selected": _mean(chosen_right),
+        },
+        "exit_rate": _mean(exits_N),
+        "average_macs": round(delegator_macs + float((macs_N * ~exits_N).sum()) / images),
+        "load": [int(count) / images for count in load],
+        "expert_accuracy": [
+            float(right) / int(count) if count else None for right, count in zip(own, load, strict=True)
+        ],
+        "threshold": threshold,
+        "macs": {"delegator": delegator_macs, "experts": expert_macs},
+    }
+    if curve:
+        points = early_exit.curve(
+            records.confidence_N, records.delegator_N, records.final_N, macs_N, delegator_macs, thresholds=None
+        )
+        result["curve"] = [
+            {"threshold": p.threshold, "exit_rate": p.exit_rate, "average_macs": round(p.average_macs), "top1": p.top1}
+            for p in points
+        ]
+    return result
+
+
+def class_table(records: Records, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Counts [C][E] of images per class and selected expert, and how many of them that expert answers right."""
+    experts, count = records.experts_NE.shape[1], len(classes)
+    cell_N = records.labels_N * experts + records.selected_N
+    chosen_right = records.experts_NE.gather(1, records.selected_N[:, None])[:, 0]
+    selected = torch.bincount(cell_N, minlength=count * experts).view(count, experts)
+    correct = torch.bincount(cell_N, weights=chosen_right.double(), minlength=count * experts).view(count, experts)
+    return {
+        "classes": list(classes),
+        "selected": selected.tolist(),
+        "correct": correct.long().tolist(),
+        "images_per_class": torch.bincount(records.labels_N, minlength=count).tolist(),
+    }
+
+
+def calibrated_threshold(
+    records: Records, *, delegator_macs: int, expert_macs: list[int], budget: float | None
+) -> float | None:
+    """The threshold for an average-MACs budget on these records; None without a budget (nobody exits early)."""
+    if budget is None:
+        return None
+    macs_N = torch.tensor(expert_macs, dtype=torch.float64)[records.selected_N]
+    return float(early_exit.calibrate_threshold(records.confidence_N, macs_N, delegator_macs, budget))
+
+
+def _mean(flags: torch.Tensor) -> float:
+    return int(flags.sum()) / max(1, len(flags))

@@ -1,0 +1,178 @@
+"""Epochs: steps, reports, validation, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from coe_dist.config import RunConfig
+from coe_dist.data.loader import SplitLoader
+from coe_dist.errors import TrainingError
+from coe_dist.parallel.groups import Groups
+from coe_dist.parallel.router import NonFiniteError
+from coe_dist.tracking import Recorder
+from coe_dist.training import checkpoint
+from coe_dist.training.checkpoint import Position
+from coe_dist.training.optim import learning_rate_factor
+from coe_dist.training.step import MicroBatch, StepSums
+from coe_dist.training.tasks import Task
+
+
+class Data:
+    """This rank's loaders of the three splits, built when first used and kept (an FFCV pipeline is costly to build)."""
+
+    def __init__(self, config: RunConfig, groups: Groups, device: torch.device) -> None:
+        self.config, self.groups, self.device = config, groups, device
+        self._loaders: dict[str, SplitLoader] = {}
+
+    def loader(self, split: str) -> SplitLoader:
+        if split not in self._loaders:
+            data = self.config.data
+            self._loaders[split] = SplitLoader(
+                Path(data.folder) / f"{split}.beton",
+                global_batch=self.config.micro_batch,
+                rank=self.groups.rank,
+                world_size=self.groups.world.size,
+                resolution=data.resolution,
+                seed=self.config.seed,
+                train=split == "train",
+                augmentation=data.augmentation if split == "train" else None,
+                threads=data.loader_threads,
+                limit=data.limit,
+            )
+        return self._loaders[split]
+
+    def batches(self, split: str, epoch: int = 0, start_step: int = 0) -> Iterator[MicroBatch]:
+        for batch in self.loader(split).epoch(epoch, start_step=start_step):
+            images = batch.images_BCHW
+            if self.device.type == "cuda":
+                images = images.pin_memory().to(self.device, non_blocking=True)
+            yield MicroBatch(images, batch.labels_B.to(self.device), batch.ids_B.to(self.device))
+
+    def close(self) -> None:
+        for loader in self._loaders.values():
+            loader.close()
+
+
+def grouped(batches: Iterable[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:
+    """Lists of `size` micro-batches; the last may be shorter."""
+    group: list[MicroBatch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class Loop:
+    """Trains a task from `position` to the last epoch."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        data: Data,
+        groups: Groups,
+        recorder: Recorder | None,
+        run_dir: Path,
+        kind: str,
+    ) -> None:
+        self.config, self.task, self.data, self.groups = config, task, data, groups
+        self.recorder, self.run_dir, self.kind = recorder, run_dir, kind
+        accumulation = config.training.accumulation
+        self.steps_per_epoch = -(-data.loader("train").steps_per_epoch // accumulation)
+        self.total_steps = self.steps_per_epoch * config.training.epochs
+        self.warmup_steps = round(self.steps_per_epoch * config.training.optimizer.warmup_epochs)
+
+    def run(self, position: Position) -> None:
+        started = time.perf_counter()
+        self.task.step.micro_step = position.micro_step
+        self._record(
+            "start",
+            position.step,
+            position.epoch,
+            {},
+            task=self.kind,
+            epochs=self.config.training.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            world_size=self.groups.world.size,
+            experts=self.task.experts,
+            experts_per_sample=self.task.experts_per_sample,
+            images=self.data.loader("train").count,
+        )
+        step, first = position.step, position.step_in_epoch
+        for epoch in range(position.epoch, self.config.training.epochs):
+            step = self._epoch(epoch, step, first)
+            first = 0
+            if (epoch + 1) % self.config.training.evaluate_every == 0 or epoch + 1 == self.config.training.epochs:
+                self._record("evaluation", step, epoch, self.task.evaluate(self.data.batches), split="validation")
+            if (epoch + 1) % self.config.training.checkpoint_every == 0 or epoch + 1 == self.config.training.epochs:
+                self.save(Position(step, epoch + 1, 0, self.task.step.micro_step))
+        before = time.perf_counter()
+        self.task.finish(self.data.batches)
+        now = time.perf_counter()
+        self._record(
+            "end", step, self.config.training.epochs - 1, {}, seconds=now - started, evaluate_seconds=now - before
+        )
+
+    def _epoch(self, epoch: int, step: int, first: int) -> int:
+        training, sums, since = self.config.training, StepSums(), time.perf_counter()
+        accumulation = training.accumulation
+        groups = grouped(self.data.batches("train", epoch, first * accumulation), accumulation)
+        factor = 0.0
+        for batches in groups:
+            factor = learning_rate_factor(
+                step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=training.optimizer.schedule
+            )
+            self.task.set_learning_rate(factor)
+            self._step(batches, sums, step)
+            step += 1
+            if step % self.config.tracking.every_steps == 0:
+                since = self._report(sums, step, epoch, factor, since)
+                sums = StepSums()
+        if sums.images or step % self.config.tracking.every_steps:
+            self._report(sums, step, epoch, factor, since)
+        return step
+
+    def _step(self, batches: list[MicroBatch], sums: StepSums, step: int) -> None:
+        """A non-finite value ends the run or costs this step, by training.non_finite; every rank agrees."""
+        try:
+            if self.task.step.step(batches, sums):
+                return
+            problem = f"step {step}: a gradient is not finite ({', '.join(sums.skipped) or 'on another rank'})"
+        except NonFiniteError as error:
+            problem = str(error)
+        if self.config.training.non_finite == "stop":
+            raise TrainingError(
+                f"{problem}; set training.non_finite=skip to go on, or lower training.optimizer.learning_rate"
+            )
+        self._record("warning", step, None, {}, message=problem)
+
+    def _report(self, sums: StepSums, step: int, epoch: int, factor: float, since: float) -> float:
+        now = time.perf_counter()
+        images = torch.tensor([float(sums.images)], device=self.data.device)
+        metrics = self.task.metrics(sums)
+        metrics["train/learning_rate"] = factor * self.config.training.optimizer.learning_rate
+        metrics["train/images_per_second"] = float(self.groups.world.all_reduce_sum(images)) / max(1e-9, now - since)
+        self._record("train", step, epoch, metrics)
+        return time.perf_counter()
+
+    def save(self, position: Position) -> None:
+        checkpoint.save(
+            self.run_dir / "checkpoints",
+            self.task.engines(),
+            self.groups,
+            position,
+            config_digest=self.config.digest(),
+            extra={"config": self.config.model_dump(mode="json")},
+            keep=self.config.training.keep_checkpoints,
+        )
+
+    def _record(self, kind: str, step: int, epoch: int | None, metrics: dict[str, float], **extra: object) -> None:
+        if self.recorder is not None:
+            self.recorder.record(kind, step=step, epoch=epoch, metrics=metrics, **extra)

@@ -1,0 +1,57 @@
+"""The single-network baseline: the same recipe, loader, engines and workers, data-parallel, without any routing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from coe_dist.parallel.batchnorm import average_statistics
+from coe_dist.parallel.groups import Group
+from coe_dist.training.engines import NetworkEngine, autocast, wide
+from coe_dist.training.step import MicroBatch, StepSums
+
+
+class SingleStep:
+    """One optimizer step of one network, replicated on every rank."""
+
+    def __init__(self, engine: NetworkEngine, world: Group, *, label_smoothing: float, call_empty: bool) -> None:
+        self.engine, self.world = engine, world
+        self.label_smoothing, self.call_empty = label_smoothing, call_empty
+        self.micro_step = 0
+
+    def step(self, batches: Sequence[MicroBatch], sums: StepSums) -> bool:
+        """See CollaborationStep.step."""
+        for index, batch in enumerate(batches):
+            samples = int(self.world.all_reduce_sum(torch.tensor([len(batch.labels)], device=batch.images.device)))
+            loss = None
+            if len(batch.labels) or self.call_empty:
+                logits = wide(self.engine(batch.images))
+                total = F.cross_entropy(
+                    logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing
+                ).sum()
+                loss = total * (self.world.size / (samples * len(batches)))
+                sums.add("expert_loss", total.detach())
+            self.micro_step += 1
+            sums.images += len(batch.labels)
+            self.engine.backward(loss, last=index == len(batches) - 1)
+        stepped = self.engine.step()
+        if not stepped:
+            sums.skipped.append(self.engine.name)
+        return stepped
+
+    @torch.no_grad()
+    def accuracy(self, batches: Iterable[MicroBatch], precision: str) -> tuple[int, int]:
+        """Images answered right and images seen, over all ranks. Collective."""
+        average_statistics(self.engine.network, self.world)
+        self.engine.network.eval()
+        counts = torch.zeros(2, dtype=torch.int64, device=next(self.engine.network.parameters()).device)
+        for batch in batches:
+            if len(batch.labels):
+                with autocast(precision, batch.images.device):
+                    right = self.engine.network(batch.images).argmax(1) == batch.labels
+                counts += torch.stack([right.sum(), torch.tensor(len(right), device=right.device)])
+        self.engine.network.train()
+        self.world.all_reduce_sum(counts)
+        return int(counts[0]), int(counts[1])

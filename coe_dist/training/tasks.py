@@ -1,0 +1,246 @@
+"""The two things that can be trained, behind one interface for the loop: a collaboration, or a single network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from coe_dist.config import RunConfig
+from coe_dist.parallel.groups import Groups
+from coe_dist.parallel.router import Router
+from coe_dist.parallel.solvers import LocalSolver, Problems, RankZeroSolver, ReplicatedSolver, Solver
+from coe_dist.seeds import derive_seed
+from coe_dist.training import evaluation
+from coe_dist.training.engines import NetworkEngine
+from coe_dist.training.job import Job
+from coe_dist.training.networks import NetworkBuilder, collaboration_engines, engine_for
+from coe_dist.training.single import SingleStep
+from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
+
+Batches = Callable[[str], Iterable[MicroBatch]]  # split -> this rank's batches of it
+
+
+class Task(Protocol):
+    step: CollaborationStep | SingleStep
+    experts: int
+    experts_per_sample: int
+
+    def engines(self) -> list[NetworkEngine]: ...
+    def set_learning_rate(self, factor: float) -> None: ...
+    def metrics(self, sums: StepSums) -> dict[str, float]:
+        """Means over all ranks since the last report. Collective."""
+
+    def evaluate(self, batches: Batches) -> dict[str, float]:
+        """Figures on the validation split. Collective."""
+
+    def finish(self, batches: Batches) -> None:
+        """Calibrates on validation, reports on test, writes the result files. Collective."""
+
+
+def build_task(job: Job, builder: NetworkBuilder, groups: Groups, device: torch.device) -> Task:
+    if job.network is not None:
+        return SingleTask(job, builder, groups, device)
+    return CollaborationTask(job, builder, groups, device)
+
+
+def build_solver(config: RunConfig, groups: Groups) -> Solver:
+    problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
+    if config.router.scope == "local":
+        return LocalSolver(problems, groups.world, groups.rank)
+    if config.router.where == "rank0":
+        return RankZeroSolver(problems, groups.world, groups.rank)
+    return ReplicatedSolver(problems)
+
+
+def reduced(sums: StepSums, names: tuple[str, ...], groups: Groups, device: torch.device) -> dict[str, float]:
+    """Totals over all ranks of images, bytes_sent and the named values. Collective, one all-reduce."""
+    values = [torch.as_tensor(sums.values.get(name, 0.0), device=device).double() for name in names]
+    counts = [
+        torch.tensor(float(count), dtype=torch.float64, device=device) for count in (sums.images, sums.bytes_sent)
+    ]
+    total = groups.world.all_reduce_sum(torch.stack([*counts, *values])).tolist()
+    return dict(zip(("images", "bytes_sent", *names), total, strict=True))
+
+
+class CollaborationTask:
+    def __init__(self, job: Job, builder: NetworkBuilder, groups: Groups, device: torch.device) -> None:
+        config = job.config
+        self.config, self.builder, self.groups, self.device = config, builder, groups, device
+        self.run_dir = Path(job.run_dir)
+        self.experts, self.experts_per_sample = config.experts.count, config.experts_per_sample
+        self.delegator, self.hosted = collaboration_engines(config, builder, groups, device)
+        router = Router(
+            groups,
+            build_solver(config, groups),
+            experts=config.experts.count,
+            per_sample=config.experts_per_sample,
+            generalist_weight=config.router.generalist_weight,
+            variance=config.router.variance,
+            seed=derive_seed(config.seed, "dispatch"),
+        )
+        self.step = CollaborationStep(
+            self.delegator,
+            self.hosted,
+            router,
+            selection_weight=config.router.selection_weight,
+            label_smoothing=config.training.label_smoothing,
+            frozen_selection=config.router.selection == "frozen",
+            call_empty=config.training.batchnorm == "group",
+        )
+        self.evaluator = evaluation.Evaluator(
+            self.delegator,
+            self.hosted,
+            groups,
+            classes=len(builder.info.classes),
+            precision=config.training.precision,
+            final=config.early_exit.final,
+        )
+        self.delegator_macs, self.expert_macs = builder.collaboration_macs()
+
+    def engines(self) -> list[NetworkEngine]:
+        return [self.delegator, *(self.hosted[expert] for expert in sorted(self.hosted))]
+
+    def set_learning_rate(self, factor: float) -> None:
+        optimizer = self.config.training.optimizer
+        self.delegator.set_learning_rate(factor * optimizer.learning_rate)
+        for engine in self.hosted.values():
+            engine.set_learning_rate(factor * (optimizer.expert_learning_rate or optimizer.learning_rate))
+
+    def metrics(self, sums: StepSums) -> dict[str, float]:
+        names = ("expert_loss", "delegator_loss", "selection_loss", "delegator_correct")
+        total = reduced(sums, names, self.groups, self.device)
+        images = max(1.0, total["images"])
+        experts_loss, classes, selection = (total[name] / images for name in names[:3])
+        delegator_loss = classes + self.config.router.selection_weight * selection
+        metrics = {
+            "train/loss": experts_loss + delegator_loss,
+            "train/loss_experts": experts_loss,
+            "train/loss_delegator": delegator_loss,
+            "train/loss_selection": selection,
+            "train/top1_delegator": total["delegator_correct"] / images,
+            "train/bytes_sent": total["bytes_sent"],
+        }
+        if sums.load is not None:
+            share = sums.load.double() / sums.load.sum().clamp_min(1)
+            metrics |= {f"expert/{expert:02d}/load": float(value) for expert, value in enumerate(share)}
+        return metrics
+
+    def _summary(
+        self, records: evaluation.Records, split: str, threshold: float | None, *, curve: bool
+    ) -> dict[str, Any]:
+        return evaluation.summarise(
+            records,
+            split=split,
+            delegator_macs=self.delegator_macs,
+            expert_macs=self.expert_macs,
+            threshold=threshold,
+            curve=curve,
+        )
+
+    def threshold(self, records: evaluation.Records, budget: float | None) -> float | None:
+        return evaluation.calibrated_threshold(
+            records, delegator_macs=self.delegator_macs, expert_macs=self.expert_macs, budget=budget
+        )
+
+    def evaluate(self, batches: Batches) -> dict[str, float]:
+        records = self.evaluator.run(batches("validation"))
+        exits = self.config.early_exit
+        threshold = exits.threshold if exits.threshold is not None else self.threshold(records, exits.macs_budget)
+        result = self._summary(records, "validation", threshold, curve=False)
+        metrics = {
+            "val/top1": result["top1"]["coe"],
+            "val/top1_delegator": result["top1"]["delegator"],
+            "val/top1_oracle": result["top1"]["oracle"],
+            "val/top1_selected": result["top1"]["selected"],
+            "val/exit_rate": result["exit_rate"],
+            "val/average_macs": result["average_macs"],
+        }
+        for expert in range(self.experts):
+            metrics[f"expert/{expert:02d}/val_load"] = result["load"][expert]
+            if result["expert_accuracy"][expert] is not None:
+                metrics[f"expert/{expert:02d}/accuracy"] = result["expert_accuracy"][expert]
+        return metrics
+
+    def finish(self, batches: Batches) -> None:
+        self.report(
+            batches,
+            ("validation", "test"),
+            budget=self.config.early_exit.macs_budget,
+            given=self.config.early_exit.threshold,
+        )
+
+    def report(
+        self, batches: Batches, splits: tuple[str, ...], *, budget: float | None, given: float | None
+    ) -> dict[str, Any]:
+        """Evaluates the splits in order and writes evaluation-<split>.json and details-<split>.json; returns the last.
+
+        The threshold is calibrated on validation for `budget`, or `given`, or the one stored with the run.
+        """
+        threshold, result = given, {}
+        for split in splits:
+            records = self.evaluator.run(batches(split))
+            if split == "validation" and budget is not None:
+                threshold = self.threshold(records, budget)
+            result = self._summary(records, split, threshold, curve=True)
+            if self.groups.rank == 0:
+                write_json(self.run_dir / f"evaluation-{split}.json", result)
+                write_json(
+                    self.run_dir / f"details-{split}.json", evaluation.class_table(records, self.builder.info.classes)
+                )
+        return result
+
+
+class SingleTask:
+    experts = experts_per_sample = 1
+
+    def __init__(self, job: Job, builder: NetworkBuilder, groups: Groups, device: torch.device) -> None:
+        assert job.network is not None
+        config = job.config
+        self.config, self.groups, self.device, self.run_dir = config, groups, device, Path(job.run_dir)
+        optimizer = config.training.optimizer
+        self.learning_rate = optimizer.expert_learning_rate or optimizer.learning_rate
+        # the seed of expert 0: the baseline starts from the very weights that expert starts from
+        network = builder.single(job.network, "network", derive_seed(config.seed, "expert", 0))
+        self.macs = builder.macs_of(network)
+        self.engine = engine_for("single", network, config, groups.world, groups, device, self.learning_rate)
+        training = config.training
+        self.step = SingleStep(
+            self.engine,
+            groups.world,
+            label_smoothing=training.label_smoothing,
+            call_empty=training.batchnorm == "group",
+        )
+
+    def engines(self) -> list[NetworkEngine]:
+        return [self.engine]
+
+    def set_learning_rate(self, factor: float) -> None:
+        self.engine.set_learning_rate(factor * self.learning_rate)
+
+    def metrics(self, sums: StepSums) -> dict[str, float]:
+        total = reduced(sums, ("expert_loss",), self.groups, self.device)
+        return {"train/loss": total["expert_loss"] / max(1.0, total["images"])}
+
+    def evaluate(self, batches: Batches) -> dict[str, float]:
+        right, images = self.step.accuracy(batches("validation"), self.config.training.precision)
+        return {"val/top1": right / images}
+
+    def finish(self, batches: Batches) -> None:
+        result = {}
+        for split in ("validation", "test"):
+            right, images = self.step.accuracy(batches(split), self.config.training.precision)
+            result[split] = {"split": split, "images": images, "top1": right / images, "macs": self.macs}
+        if self.groups.rank == 0:
+            for split, figures in result.items():
+                write_json(self.run_dir / f"evaluation-{split}.json", figures)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomic: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)

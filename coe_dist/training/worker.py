@@ -1,0 +1,136 @@
+"""The function every worker process runs; also `torchrun --nproc-per-node 2 -m coe_dist.training.worker CONFIG`.
+
+It needs only torch.distributed's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or a process group that is
+initialised already, so that whoever starts the processes stays replaceable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from coe_dist import tracking
+from coe_dist.config import RunConfig, load_config
+from coe_dist.data.sidecar import read_sidecar
+from coe_dist.errors import EXIT_BAD_INPUT, InputError
+from coe_dist.parallel.groups import create_groups
+from coe_dist.training import checkpoint
+from coe_dist.training.checkpoint import Position
+from coe_dist.training.job import Job
+from coe_dist.training.loop import Data, Loop
+from coe_dist.training.networks import NetworkBuilder
+from coe_dist.training.tasks import CollaborationTask, Task, build_task
+
+
+def run_worker(job: Job) -> None:
+    """Trains, or evaluates, as `job` says. Collective: every process of the group calls it with the same job."""
+    config = job.config
+    device = _device(config)
+    torch.set_num_threads(config.workers.threads)
+    _join_process_group(config, device)
+    groups = create_groups(config.experts.count, timeout_seconds=config.training.timeout_seconds)
+    builder = NetworkBuilder(config, read_sidecar(Path(config.data.folder) / "train.beton"))
+    data = Data(config, groups, device)
+    try:
+        task = build_task(job, builder, groups, device)
+        position = _resume(job, task)
+        torch.set_num_threads(config.workers.threads)  # FFCV and DeepSpeed change it
+        if job.task == "evaluate":
+            assert isinstance(task, CollaborationTask)
+            _evaluate(job, task, data)
+        else:
+            _train(job, task, data, position)
+    finally:
+        data.close()
+
+
+def _train(job: Job, task: Task, data: Data, position: Position) -> None:
+    recorder = tracking.Recorder(Path(job.run_dir), job.config, job.mlflow_run_id) if data.groups.rank == 0 else None
+    try:
+        Loop(job.config, task, data, data.groups, recorder, Path(job.run_dir), job.task).run(position)
+    finally:
+        if recorder is not None:
+            recorder.close()
+
+
+def _evaluate(job: Job, task: CollaborationTask, data: Data) -> None:
+    splits = ("validation",) if job.split == "validation" else ("test",)
+    if job.macs_budget is not None and job.split == "test":
+        splits = ("validation", "test")  # the threshold is always calibrated on validation
+    stored = Path(job.run_dir) / "evaluation-validation.json"
+    given = job.threshold
+    if given is None and job.macs_budget is None and stored.is_file():
+        given = json.loads(stored.read_text())["threshold"]
+    task.report(data.batches, splits, budget=job.macs_budget, given=given)
+
+
+def _resume(job: Job, task: Task) -> Position:
+    """Loads the newest valid checkpoint of the run folder, if there is one."""
+    save, problems = checkpoint.latest_valid(Path(job.run_dir) / "checkpoints")
+    for problem in problems:
+        warnings.warn(problem, stacklevel=1)
+    if save is None:
+        if job.task == "evaluate":
+            raise InputError(f"{job.run_dir}: it holds no checkpoint to evaluate")
+        return Position()
+    position, _ = checkpoint.load(
+        save, task.engines(), experts=job.config.experts.count, optimizer=job.task != "evaluate"
+    )
+    return position
+
+
+def _device(config: RunConfig) -> torch.device:
+    wanted = config.workers.device
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise InputError("workers.device: gpu is not allowed; this machine has no usable GPU; give cpu or auto")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # under Ray, CUDA_VISIBLE_DEVICES holds only this worker's GPUs
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join_process_group(config: RunConfig, device: torch.device) -> None:
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:  # a plain single process
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.training.timeout_seconds)
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """torchrun's entry: a configuration and overrides, or a job file ending in .json."""
+    try:
+        if not arguments:
+            raise InputError(
+                "give a configuration: torchrun --nproc-per-node 2 -m coe_dist.training.worker CONFIG [key=value ...]"
+            )
+        if arguments[0].endswith(".json"):
+            job = Job.model_validate_json(Path(arguments[0]).read_text())
+        else:
+            config = load_config(arguments[0], arguments[1:])
+            job = Job(task="train", config=config, run_dir=str(config.run_dir.absolute()))
+        run_worker(job)
+    except InputError as error:
+        print(f"coe-dist: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
