@@ -179,6 +179,8 @@ class RunConfig(Section):
             )
         if self.training.engine == "torch" and self.training.zero_stage != 0:
             raise _refused("training.zero_stage", self.training.zero_stage, "engine: torch knows only stage 0")
+        if self.training.precision == "fp64" and self.training.engine != "torch":
+            raise _refused("training.precision", "fp64", "DeepSpeed cannot reduce float64; set training.engine: torch")
         return self
 
     def digest(self) -> str:

@@ -1,8 +1,9 @@
-"""The method, Collaboration of Experts (CoE): a light delegator gives a rough prediction of every image, which may end its
-computation early, or selects ONE of several whole-network experts (Zhang, Chen and Zhong, arXiv 2107.03815).
+"""The method, Collaboration of Experts (CoE): a light delegator gives a rough prediction of every image, which may
+end its computation early, or selects ONE of several whole-network experts (Zhang, Chen and Zhong, arXiv 2107.03815).
 
-Pure functions and nn.Modules: no process groups, no files, no logging, nothing of the rest of this project. Docstrings say
-"the paper" only for what its abstract says; its equations were not available to us, and every formula is our own rule.
+Pure functions and nn.Modules: no process groups, no files, no logging, nothing of the rest of this project.
+Docstrings say "the paper" only for what its abstract says; its equations were not available to us, and every formula
+is our own rule.
 
 Legend of the shape suffixes, used in the whole project:
 

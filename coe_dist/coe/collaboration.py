@@ -24,13 +24,14 @@ class Answer(NamedTuple):
 class CollaborationOfExperts(nn.Module):
     """A delegator and its experts; an image costs the delegator and at most ONE expert (the paper's framework).
 
-    delegator: images_NCHW -> (class logits [N,C], selection logits [N,E]). experts: E networks, images_NCHW -> logits [N,C].
-    threshold: an image whose rough prediction has at least this confidence exits early; None: none does. final: an image
-    that does not exit gets the class probabilities of the expert of largest selection logit ("expert"; ties: lowest id) or
-    their mean with the delegator's ("average"). Both are our own rules.
+    delegator: images_NCHW -> (class logits [N,C], selection logits [N,E]). experts: E networks, images_NCHW -> logits
+    [N,C]. threshold: an image whose rough prediction has at least this confidence exits early; None: none does.
+    final: an image that does not exit gets the class probabilities of the expert of largest selection logit
+    ("expert"; ties: lowest id) or their mean with the delegator's ("average"). Both are our own rules.
 
-    Used for inference only: call `.eval()` first. The answer to an image does not depend on the rest of its batch, beyond
-    floating point's rounding. Raises ValueError for an unknown `final` or unequal numbers of experts and of their MACs.
+    Used for inference only: call `.eval()` first. The answer to an image does not depend on the rest of its batch,
+    beyond floating point's rounding. Raises ValueError for an unknown `final` or unequal numbers of experts and of
+    their MACs.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class CollaborationOfExperts(nn.Module):
         if final not in FINAL_RULES:
             raise ValueError(f"final: {final!r} is not allowed; give one of {', '.join(FINAL_RULES)}")
         if not experts or len(expert_macs) != len(experts):
-            raise ValueError(f"expert_macs: {len(expert_macs)} values are not allowed; give one for each of {len(experts)} experts")
+            raise ValueError(
+                f"expert_macs: {len(expert_macs)} values are not allowed; give one for each of {len(experts)} experts"
+            )
         self.delegator = delegator
         self.experts = nn.ModuleList(experts)
         self.threshold, self.final = threshold, final
@@ -57,8 +60,8 @@ class CollaborationOfExperts(nn.Module):
     def forward(self, images_NCHW: torch.Tensor) -> Answer:
         """Images uint8 [N,channels,H,W], N from 0. The delegator runs once; then each used expert runs ONE dense batch.
 
-        Raises RuntimeError in training mode (BatchNorm would mix the images of a batch and change the networks), ValueError
-        when the delegator selects among another number of experts.
+        Raises RuntimeError in training mode (BatchNorm would mix the images of a batch and change the networks),
+        ValueError when the delegator selects among another number of experts.
         """
         if self.training:
             raise RuntimeError("CollaborationOfExperts answers in eval mode only; call .eval() first")
@@ -67,7 +70,9 @@ class CollaborationOfExperts(nn.Module):
         run_NCHW = images_NCHW if images else images_NCHW.new_zeros(1, *images_NCHW.shape[1:])
         class_logits_NC, selection_NE = (output[:images] for output in self.delegator(run_NCHW))
         if selection_NE.shape[1] != len(self.experts):
-            raise ValueError(f"experts: {len(self.experts)} is not allowed; the delegator selects among {selection_NE.shape[1]}")
+            raise ValueError(
+                f"experts: {len(self.experts)} is not allowed; the delegator selects among {selection_NE.shape[1]}"
+            )
         rough_NC = probabilities(class_logits_NC)
         exits_N = exits(rough_NC.amax(dim=1), self.threshold)
         expert_N = selection_NE.argmax(dim=1).masked_fill(exits_N, -1)

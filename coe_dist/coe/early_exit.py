@@ -7,7 +7,7 @@ An image exits when its confidence is at least the threshold, so images of equal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ DEFAULT_THRESHOLDS: tuple[float, ...] = (
     *(step / 40 for step in range(4, 40)),  # 0.1, 0.125, ..., 0.975
     *(0.98, 0.985, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0, NO_EXIT),
 )
-"""The curve's grid, denser near 1 where trained networks' confidences lie; fixed, so that curves compare between runs."""
+"""The curve's grid, denser near 1 where trained networks' confidences lie; fixed, so that curves compare between
+runs."""
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -64,9 +65,9 @@ def curve(
 ) -> list[CurvePoint]:
     """Accuracy against average MACs, exact on the given images, sorted by rising threshold.
 
-    expert_correct_N and expert_macs_N are those of the image's selected expert (of the answer it would get without early
-    exit), for every image. Thresholds: DEFAULT_THRESHOLDS unless given. Raises ValueError for no images, unequal lengths or
-    confidences that are not numbers.
+    expert_correct_N and expert_macs_N are those of the image's selected expert (of the answer it would get without
+    early exit), for every image. Thresholds: DEFAULT_THRESHOLDS unless given. Raises ValueError for no images,
+    unequal lengths or confidences that are not numbers.
     """
     confidences, macs = _columns(confidence_N, expert_macs_N)
     _, early = _columns(confidence_N, delegator_correct_N, "delegator_correct_N")
@@ -80,7 +81,9 @@ def curve(
         stay = int(np.searchsorted(ordered, threshold, side="left"))
         correct = int(late_before[stay] + early_before[-1] - early_before[stay])
         average = delegator_macs + int(macs_before[stay]) / len(ordered)
-        points.append(CurvePoint(float(threshold), 1.0 - stay / len(ordered), average, correct / len(ordered)))
+        points.append(
+            CurvePoint(float(threshold), (len(ordered) - stay) / len(ordered), average, correct / len(ordered))
+        )
     return points
 
 
@@ -106,8 +109,9 @@ def calibrate_threshold(
 
 
 def ece(confidence_N: npt.ArrayLike, correct_N: npt.ArrayLike, bins: int = 15) -> float:
-    """Expected calibration error: over equal-width bins of confidence, (0, 1/bins], (1/bins, 2/bins], ..., the mean over
-    images of |accuracy - mean confidence| of the image's bin. Raises ValueError as `curve` does, and for bins below 1."""
+    """Expected calibration error: over equal-width bins of confidence, (0, 1/bins], (1/bins, 2/bins], ..., the mean
+    over images of |accuracy - mean confidence| of the image's bin. Raises ValueError as `curve` does, and for bins
+    below 1."""
     if bins < 1:
         raise ValueError(f"bins: {bins} is not allowed; give a whole number of at least 1")
     confidences, correct = _columns(confidence_N, correct_N, "correct_N")
@@ -119,18 +123,18 @@ def ece(confidence_N: npt.ArrayLike, correct_N: npt.ArrayLike, bins: int = 15) -
 def _columns(
     confidence_N: npt.ArrayLike, other_N: npt.ArrayLike, name: str = "expert_macs_N"
 ) -> tuple[Floats, Integers]:
-    confidences, other = np.asarray(confidence_N, dtype=np.float64), _whole(other_N)
+    confidences, other = np.asarray(confidence_N, dtype=np.float64), np.asarray(other_N).astype(np.int64)
     if confidences.ndim != 1 or len(confidences) == 0:
-        raise ValueError(f"confidence_N: shape {confidences.shape} is not allowed; give one number for at least one image")
+        raise ValueError(
+            f"confidence_N: shape {confidences.shape} is not allowed; give one number for at least one image"
+        )
     if other.shape != confidences.shape:
-        raise ValueError(f"{name}: shape {other.shape} is not allowed; give one number for each of {len(confidences)} images")
+        raise ValueError(
+            f"{name}: shape {other.shape} is not allowed; give one number for each of {len(confidences)} images"
+        )
     if np.isnan(confidences).any():
         raise ValueError("confidence_N: NaN is not allowed; the delegator's logits are not finite")
     return confidences, other
-
-
-def _whole(column: Any) -> Integers:
-    return np.asarray(column).astype(np.int64)
 
 
 def _prefix_sums(column: Integers) -> Integers:

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 def count_macs(module: nn.Module, *, channels: int, resolution: int) -> int:
     """MACs of one image [1,channels,resolution,resolution] through `module` in eval mode, on the module's own device.
 
-    Parameters, buffers, training flags and the random state are left as they were. A module on the meta device is counted
-    without computing anything.
+    Parameters, buffers, training flags and the random state are left as they were. A module on the meta device is
+    counted without computing anything.
     """
     reference = next(module.parameters(), torch.empty(0))
     image_1CHW = torch.zeros(1, channels, resolution, resolution, dtype=reference.dtype, device=reference.device)

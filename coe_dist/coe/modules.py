@@ -26,11 +26,11 @@ LABEL_RULES = ("balanced", "best", "soft")
 def route(
     selection_NE: torch.Tensor, sample_ids_N: torch.Tensor, *, warm_prices_E: np.ndarray | None = None
 ) -> Assignment:
-    """The balanced assignment of largest sum of log softmax of the selection logits (role: the paper; exact and global: our
-    own rule).
+    """The balanced assignment of largest sum of log softmax of the selection logits (role: the paper; exact and
+    global: our own rule).
 
-    selection_NE float [N,E], sample_ids_N int64 [N] (they break ties). warm_prices_E: prices_E of an earlier answer; they
-    save time and never change the answer. Raises ValueError as balanced_assignment does.
+    selection_NE float [N,E], sample_ids_N int64 [N] (they break ties). warm_prices_E: prices_E of an earlier answer;
+    they save time and never change the answer. Raises ValueError as balanced_assignment does.
     """
     scores_NE = F.log_softmax(selection_NE.detach(), dim=1)
     return balanced_assignment(_numpy(scores_NE), _numpy(sample_ids_N), warm_prices_E=warm_prices_E)
@@ -39,8 +39,8 @@ def route(
 def step_permutation(seed: int, step: int, experts: int) -> torch.Tensor:
     """The step's permutation of 1..E-1, int64 [E-1]: a function of (seed, step, E) alone (our own rule).
 
-    Sorted Philox words instead of a library's `permutation`, whose stream may change between versions. seed and step from 0
-    to 2^64 - 1.
+    Sorted Philox words instead of a library's `permutation`, whose stream may change between versions. seed and step
+    from 0 to 2^64 - 1.
     """
     words = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(experts - 1)
     return torch.from_numpy(np.argsort(words, kind="stable").astype(np.int64) + 1)
@@ -52,8 +52,10 @@ def dispatch_sets(
     """The k distinct experts that see each image, int64 [N,k]; column 0 is the assigned one (our own rule).
 
     The p-th image of expert a's portion, in row order and with p from 0, also goes to the experts
-    (a + permutation[(p(k-1)+u) mod (E-1)]) mod E for u = 0..k-2. Loads are kN/E where E divides N, else within k of each
-    other. Raises ValueError for a k outside 1..E.
+
+        (a + permutation[(p(k-1)+u) mod (E-1)]) mod E,   u = 0..k-2.
+
+    For a balanced assignment loads are kN/E where E divides N, else within k of each other. Raises ValueError for a k outside 1..E.
     """
     _check_per_sample(experts, per_sample)
     assigned_N1 = assignment_N.to(torch.int64)[:, None]
@@ -76,9 +78,10 @@ def dispatch_weights(
 ) -> torch.Tensor:
     """Loss weights of the k columns of the dispatch sets, [k] on the CPU (our own rule).
 
-    With lambda the generalist weight: E - (E-1) lambda for the assigned expert, lambda (E-1)/(k-1) for the others, so that
-    over the dispatch permutations the expected weight of every (image, expert) is that of dense training, lambda off the
-    assignment; a row sums to E. Raises ValueError for a k outside 1..E, a lambda outside 0..1, or k = 1 with lambda > 0.
+    With lambda the generalist weight: E - (E-1) lambda for the assigned expert, lambda (E-1)/(k-1) for the others, so
+    that over the dispatch permutations the expected weight of every (image, expert) is that of dense training, lambda
+    off the assignment; a row sums to E. Raises ValueError for a k outside 1..E, a lambda outside 0..1, or k = 1 with
+    lambda > 0.
     """
     _check_per_sample(experts, per_sample)
     if not 0.0 <= generalist_weight <= 1.0:
@@ -103,10 +106,10 @@ def selection_labels(
     """What selection should have answered: labels [N,k] over the dispatch sets, rows sum to 1, no gradient (role: the
     paper; rules: ours).
 
-    losses_Nk: plain cross-entropy of each dispatched pair, finite. "balanced": one-hot, balanced transportation with scores
-    -loss over the dispatched pairs, capacities N/E; ties by sample id. "best": one-hot at the smallest loss; ties go to the
-    lowest expert id. "soft": softmax(-loss / temperature). Raises ValueError for another rule or a temperature that is not
-    above 0.
+    losses_Nk: plain cross-entropy of each dispatched pair, finite. "balanced": one-hot, balanced transportation with
+    scores -loss over the dispatched pairs, capacities N/E; ties by sample id. "best": one-hot at the smallest loss;
+    ties go to the lowest expert id. "soft": softmax(-loss / temperature). Raises ValueError for another rule or a
+    temperature that is not above 0.
     """
     if rule == "soft":
         if not temperature > 0:
@@ -138,16 +141,16 @@ def _balanced_choice(
 @torch.no_grad()
 def variance_weights(losses_Nk: torch.Tensor) -> torch.Tensor:
     """How much each image's choice of expert matters, [N], no gradient: min(v / (mean v + 1e-8), 10), where v is the
-    population variance over the dispatch set of the true-class probability exp(-loss) and the mean is over the global batch
-    (role: the paper's first version; formula: our own rule)."""
+    population variance over the dispatch set of the true-class probability exp(-loss) and the mean is over the global
+    batch (role: the paper's first version; formula: our own rule)."""
     variance_N = torch.exp(-losses_Nk).var(dim=1, correction=0)
     return (variance_N / (variance_N.mean() + 1e-8)).clamp(max=10.0)
 
 
 def selection_losses(selection_NE: torch.Tensor, experts_Nk: torch.Tensor, labels_Nk: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy [N] between the labels and the softmax of the selection logits restricted to the dispatch set (our own
-    rule). Differentiable in selection_NE only: no gradient reaches the labels, hence none the experts. Rows are independent,
-    so a rank may give its own rows alone."""
+    """Cross-entropy [N] between the labels and the softmax of the selection logits restricted to the dispatch set
+    (our own rule). Differentiable in selection_NE only: no gradient reaches the labels, hence none the experts. Rows
+    are independent, so a rank may give its own rows alone."""
     log_probabilities_Nk = F.log_softmax(selection_NE.gather(1, experts_Nk), dim=1)
     return -(labels_Nk.detach().to(log_probabilities_Nk.dtype) * log_probabilities_Nk).sum(dim=1)
 

@@ -1,25 +1,61 @@
-"""Our own small network for small images (Fashion-MNIST's 28x28 and the like), tuned for accuracy per MAC on CPU."""
+"""Our own small network for small images (Fashion-MNIST's 28x28 and the like)."""
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import nn
+
+_CHANNELS = (10, 20, 40)
+_FEATURES = 320
 
 
 class SmallCNN(nn.Module):
-    """A trunk: float images [N,channels,H,W] -> pooled features [N,features]; any side of at least 8 pixels.
+    """A trunk: float images [N,channels,H,W] -> pooled features [N,self.features]; for any side of at least 8 pixels.
 
-    1. Stem: 3x3 convolution of stride 2 to 16*width channels, BatchNorm, ReLU.
-    2. Three stages of `depth` depthwise-separable blocks with 16, 32 and 64 times width channels; stages 2 and 3 begin with
-       stride 2. A block that keeps its shape is residual.
-    3. 1x1 convolution to 128*width features, BatchNorm, ReLU, after global average pooling where it costs next to nothing.
+    1. Three stages of `depth` 3x3 convolutions with BatchNorm and ReLU, of 10, 20 and 40 times `width` channels; each
+       stage halves the side with its first convolution (stride 2), the others are residual.
+    2. Global average pooling.
+    3. 1x1 convolution to 320 times `width` features with BatchNorm and ReLU: after the pooling it costs 5% of the
+       MACs, and without it top-1 fell by 2 to 3 points (2 epochs of Fashion-MNIST at 240 and at 42 thousand MACs).
 
-    Channels are rounded to whole numbers, not to multiples of 8, so that MACs can be set finely through width. Raises
-    ValueError for a width that is not above 0 or a depth below 1.
+    At 1x28x28 with 10 classes width 1 costs about 240 thousand MACs and width 0.385 about 42 thousand. Plain
+    convolutions because depthwise-separable ones of the same MACs were not better at these sizes and took twice as
+    long on a CPU. Channels are rounded to whole numbers, not to multiples of 8, so that `width` sets the MACs finely.
+    Raises ValueError for a width outside (0, 64] or a depth that is not a whole number from 1 to 64.
     """
 
     def __init__(self, channels: int, *, width: float = 1.0, depth: int = 1) -> None:
         super().__init__()
-        if not 0 < width <= 64:
-            raise ValueError(f"options.width: {width} is not allowed; give a number above 0, up to 64")
-        if isinstance(depth, bool) or depth != int(depth) or not 1 <= depth <= 64:
-            raise ValueError(f"options.depth: {depth} is not allowed; give a whole number from 1 to 64")
+        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 64:
+            raise ValueError(f"options.width: {width!r} is not allowed; give a number above 0, up to 64")
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= 64:
+            raise ValueError(f"options.depth: {depth!r} is not allowed; give a whole number from 1 to 64")
+        stages: list[nn.Module] = []
+        for base in _CHANNELS:
+            out = max(1, round(base * width))
+            blocks = [_ConvNormReLU(channels, out, kernel=3, stride=2)]
+            blocks += [_ConvNormReLU(out, out, kernel=3, residual=True) for _ in range(depth - 1)]
+            stages.append(nn.Sequential(*blocks))
+            channels = out
+        self.features = max(1, round(_FEATURES * width))
+        self.stages = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.widen = _ConvNormReLU(channels, self.features, kernel=1)
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.widen(self.pool(self.stages(images_NCHW)))).flatten(1)
+
+
+class _ConvNormReLU(nn.Module):
+    def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int = 1, residual: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.activation = nn.ReLU(inplace=True)
+        self.residual = residual
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        out_NCHW = cast(torch.Tensor, self.activation(self.norm(self.conv(images_NCHW))))
+        return images_NCHW + out_NCHW if self.residual else out_NCHW

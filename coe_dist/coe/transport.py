@@ -154,9 +154,8 @@ def _assign(
     upper_E = np.full(experts, -(-samples // experts), np.int64)
 
     home_N, prices = _solve(values_NK, edges_NK, lower_E, upper_E, ids_N, prices)
-    ties = certify(values_NK, edges_NK, lower_E, upper_E, prices, home_N)[3]
-    if ties:
-        rows_T, tie_values_TK, fixed_E = tied_rows(values_NK, edges_NK, prices, home_N, ids_N, ties, experts)
+    rows_T, tie_values_TK, fixed_E = tied_rows(values_NK, edges_NK, prices, home_N, ids_N, experts)
+    if rows_T.size:
         edges_TK = edges_NK[rows_T] if edges_NK.size else _DENSE
         signs_E = np.sign(prices[:-1] - prices[-1])
         tied_lower_E = np.maximum(np.where(signs_E > 0, upper_E, lower_E) - fixed_E, 0)
@@ -166,7 +165,7 @@ def _assign(
         if not optimal:
             raise AssertionError("transportation: the tied problem's answer is not optimal")
         home_N[rows_T] = home_T
-    optimal, primal, dual, _ = certify(values_NK, edges_NK, lower_E, upper_E, prices, home_N)
+    optimal, primal, dual = certify(values_NK, edges_NK, lower_E, upper_E, prices, home_N)
     if not optimal or primal != dual:  # not an assert statement: the check stays under python -O
         raise AssertionError(f"transportation: primal {primal} and dual {dual} do not certify an optimum")
     return Assignment(home_N, prices[:-1] - prices[-1], int(primal), int(dual))

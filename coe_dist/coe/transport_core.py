@@ -2,7 +2,7 @@
 
 A problem here is `values_NK` int64 (NONE marks an edge that does not exist), `experts_NK` int64 naming the expert of
 each column (an array of size 0 when column j is expert j), and load bounds `lower_E`, `upper_E`. Prices have E + 1
-entries: the last is the ground's. |values| < 2^46 and |prices| < 2^61 keep every sum inside int64.
+entries: the last is the ground's. |values| < 2^46 and |prices| < 2^58 keep every sum inside int64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 F = TypeVar("F", bound=Callable[..., Any])
 
-NONE = -(2**63)  # value of a forbidden edge
+NONE = -(2**62)  # value of a forbidden edge: minus any price it stays below every other edge, without overflow
 SCALE = 2.0**20  # integer units in a score of 1
 LIMIT = 128.0  # scores are clipped to [-LIMIT, LIMIT]
 
@@ -25,6 +25,11 @@ LIMIT = 128.0  # scores are clipped to [-LIMIT, LIMIT]
 def compiled(function: F) -> F:
     """numba's njit, cached on disk and without the interpreter lock (numba itself is untyped)."""
     return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+
+
+def inlined(function: F) -> F:
+    """The same, copied into its callers: a real call counts references to every array, dearer than a row."""
+    return numba.njit(cache=True, nogil=True, inline="always")(function)  # type: ignore[no-any-return]
 
 
 @compiled
@@ -70,15 +75,39 @@ def sample_mask(ids_N: Ints, level: int) -> NDArray[np.bool_]:
     return mask_N
 
 
-@compiled
+@inlined
 def edge_value(values_NK: Ints, experts_NK: Ints, i: int, expert: int) -> Any:
     """The value (int64) of the edge from row i to an expert, NONE if there is none."""
+    value = NONE
     if experts_NK.size == 0:
-        return values_NK[i, expert]
-    for c in range(experts_NK.shape[1]):
-        if experts_NK[i, c] == expert:
-            return values_NK[i, c]
-    return NONE
+        value = values_NK[i, expert]
+    else:
+        for c in range(experts_NK.shape[1]):
+            if experts_NK[i, c] == expert:
+                value = values_NK[i, c]
+    return value
+
+
+@inlined
+def best_edges(values_NK: Ints, experts_NK: Ints, prices: Ints, i: int) -> Any:
+    """(largest value - price of row i, how many edges reach it, the expert of one of them)."""
+    best, count, last = 2 * NONE, 0, 0
+    if experts_NK.size == 0:  # three loops without branches, which the compiler turns into vector instructions
+        for j in range(values_NK.shape[1]):
+            best = max(best, values_NK[i, j] - prices[j])
+        for j in range(values_NK.shape[1]):
+            hit = values_NK[i, j] - prices[j] == best
+            count += 1 if hit else 0
+            last = max(last, j if hit else 0)
+    else:
+        for c in range(values_NK.shape[1]):
+            net = values_NK[i, c] - prices[experts_NK[i, c]]
+            if net > best:
+                best, count, last = net, 1, experts_NK[i, c]
+            elif net == best:
+                count += 1
+                last = experts_NK[i, c]
+    return best, count, last
 
 
 @compiled
@@ -114,74 +143,53 @@ def choose_homes(values_NK: Ints, experts_NK: Ints, prices: Ints, slots_E: Ints)
     """
     samples, columns = values_NK.shape
     dense = experts_NK.size == 0
-    home_N = np.full(samples, -1, np.int64)
-    tied_N = np.empty(samples, np.int64)
+    home_N = np.empty(samples, np.int64)
+    best_T = np.empty(samples, np.int64)
+    tied_T = np.empty(samples, np.int64)
     ties = 0
-    load_E = np.zeros(slots_E.size, np.int64)
+    room_E = slots_E.copy()
     for i in range(samples):
-        best, choice, again = NONE, -1, False
-        for c in range(columns):
-            if values_NK[i, c] == NONE:
-                continue
-            j = c if dense else experts_NK[i, c]
-            net = values_NK[i, c] - prices[j]
-            if net > best:
-                best, choice, again = net, j, False
-            elif net == best:
-                again = True
-        if again:
-            tied_N[ties] = i
-            ties += 1
+        best, count, expert = best_edges(values_NK, experts_NK, prices, i)
+        if count == 1:
+            home_N[i] = expert
+            room_E[expert] -= 1
         else:
-            load_E[choice] += 1
-        home_N[i] = choice
+            best_T[ties], tied_T[ties] = best, i
+            ties += 1
     for t in range(ties):
-        i = tied_N[t]
-        best = edge_value(values_NK, experts_NK, i, home_N[i]) - prices[home_N[i]]
-        room = NONE
+        i = tied_T[t]
+        most, choice = 2 * NONE, 0
         for c in range(columns):
-            if values_NK[i, c] == NONE:
-                continue
             j = c if dense else experts_NK[i, c]
-            if values_NK[i, c] - prices[j] == best and slots_E[j] - load_E[j] > room:
-                room = slots_E[j] - load_E[j]
-                home_N[i] = j
-        load_E[home_N[i]] += 1
-    return home_N, load_E, np.maximum(load_E - slots_E, 0).sum()
+            room = room_E[j] if values_NK[i, c] - prices[j] == best_T[t] else 2 * NONE
+            choice = j if room > most else choice
+            most = max(room, most)
+        home_N[i] = choice
+        room_E[choice] -= 1
+    return home_N, slots_E - room_E, np.maximum(-room_E, 0).sum()
 
 
 @compiled
 def certify(
     values_NK: Ints, experts_NK: Ints, lower_E: Ints, upper_E: Ints, prices: Ints, home_N: Ints
-) -> tuple[bool, int, int, int]:
+) -> tuple[bool, int, int]:
     """Checks an answer from nothing but the problem, the prices and the homes.
 
-    Returns (optimal, primal, dual, ties). optimal: every row has an edge to its home, loads are within the bounds, and
-    each of the non-negative terms of dual - primal is zero (each row's home maximises value - price, an expert with a
-    price above the ground's is full, one below it is at its lower bound). ties: rows with more than one maximiser. The
-    two objectives are meaningful while they fit int64.
+    Returns (optimal, primal, dual). optimal: every row has an edge to its home, loads are within the bounds, and each
+    of the non-negative terms of dual - primal is zero (each row's home maximises value - price, an expert with a price
+    above the ground's is full, one below it is at its lower bound). The objectives hold while they fit int64.
     """
-    samples, columns = values_NK.shape
-    dense = experts_NK.size == 0
     load_E = np.zeros(lower_E.size, np.int64)
     optimal = True
-    primal, dual, ties = 0, 0, 0
-    for i in range(samples):
-        best, tied = NONE, 0
-        for c in range(columns):
-            if values_NK[i, c] != NONE:
-                net = values_NK[i, c] - (prices[c if dense else experts_NK[i, c]] - prices[-1])
-                if net > best:
-                    best, tied = net, 1
-                elif net == best:
-                    tied += 1
+    primal, dual = 0, 0
+    for i in range(values_NK.shape[0]):
+        best = best_edges(values_NK, experts_NK, prices, i)[0]
         j = home_N[i]
         value = edge_value(values_NK, experts_NK, i, j)
-        optimal &= value != NONE and value - (prices[j] - prices[-1]) == best
+        optimal &= value != NONE and value - prices[j] == best
         load_E[j] += 1
-        ties += tied > 1
         primal += value
-        dual += best
+        dual += best + prices[-1]
     for j in range(lower_E.size):
         price = prices[j] - prices[-1]
         bound = upper_E[j] if price > 0 else lower_E[j]
@@ -189,35 +197,36 @@ def certify(
             price == 0 or load_E[j] == bound or lower_E[j] == upper_E[j]
         )
         dual += price * bound
-    return optimal, primal, dual, ties
+    return optimal, primal, dual
 
 
 @compiled
 def tied_rows(
-    values_NK: Ints, experts_NK: Ints, prices: Ints, home_N: Ints, ids_N: Ints, ties: int, experts: int
+    values_NK: Ints, experts_NK: Ints, prices: Ints, home_N: Ints, ids_N: Ints, experts: int
 ) -> tuple[Ints, Ints, Ints]:
-    """The secondary problem: rows with more than one maximiser of value - price [T], their tie values on exactly those
-    edges [T,K] (NONE elsewhere), and the loads of all other rows [E]."""
+    """The secondary problem of optimal prices and homes.
+
+    Returns the rows with more than one maximiser of value - price [T], their tie values on exactly those edges [T,K]
+    (NONE elsewhere), and the loads of all other rows [E].
+    """
     samples, columns = values_NK.shape
     dense = experts_NK.size == 0
-    rows_T = np.empty(ties, np.int64)
-    values_TK = np.full((ties, columns), NONE, np.int64)
+    rows_N = np.empty(samples, np.int64)
+    best_N = np.empty(samples, np.int64)
     fixed_E = np.zeros(experts, np.int64)
-    t = 0
+    ties = 0
     for i in range(samples):
-        best = edge_value(values_NK, experts_NK, i, home_N[i]) - prices[home_N[i]]
-        tied = 0
-        for c in range(columns):
-            if values_NK[i, c] != NONE:
-                tied += values_NK[i, c] - prices[c if dense else experts_NK[i, c]] == best
-        if tied == 1:
+        best, count, _ = best_edges(values_NK, experts_NK, prices, i)
+        if count == 1:
             fixed_E[home_N[i]] += 1
-            continue
+        else:
+            rows_N[ties], best_N[ties] = i, best
+            ties += 1
+    values_TK = np.empty((ties, columns), np.int64)
+    for t in range(ties):
+        i = rows_N[t]
         word = _mix(np.uint64(ids_N[i]))
         for c in range(columns):
             j = c if dense else experts_NK[i, c]
-            if values_NK[i, c] != NONE and values_NK[i, c] - prices[j] == best:
-                values_TK[t, c] = _tie_value(word, j)
-        rows_T[t] = i
-        t += 1
-    return rows_T, values_TK, fixed_E
+            values_TK[t, c] = _tie_value(word, j) if values_NK[i, c] - prices[j] == best_N[t] else NONE
+    return rows_N[:ties].copy(), values_TK, fixed_E

@@ -20,7 +20,7 @@ def probe_torch() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/meeting", rank=0, world_size=1)
     row = torch.ones(_MEMBERS)
     dist.all_reduce(row)
     assert row.sum().item() == _MEMBERS
@@ -72,7 +72,7 @@ def probe_deepspeed() -> dict[str, Any]:
     if not torch.cuda.is_available():
         # Its first use would compile for minutes, and a build that is killed blocks all later ones (pytorch#189245).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/meeting", rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", "0")
     network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
     before = [parameter.detach().clone() for parameter in network.parameters()]
@@ -97,7 +97,7 @@ def probe_ray() -> dict[str, Any]:
     from coe_dist.orchestration.ray_session import local_ray
 
     with local_ray(parse_config({"name": "doctor", "workers": {"device": "cpu"}})):
-        total = ray.get(ray.remote(sum).remote(range(_MEMBERS)), timeout=60)
+        total = ray.get(ray.remote(lambda: sum(range(_MEMBERS))).remote(), timeout=60)
     assert total == sum(range(_MEMBERS))
     return {}
 

@@ -7,6 +7,7 @@ protection, therefore local sessions keep it on the loopback interface.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -132,10 +133,9 @@ def _init(**options: Any) -> None:
 
 def _read_authentication_afresh() -> None:
     """Ray reads RAY_AUTH_MODE when it is imported and keeps the token it read first, both in its C++ part."""
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    compiled: Any = importlib.import_module("ray._raylet")
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _session(*, local: bool) -> RaySession:

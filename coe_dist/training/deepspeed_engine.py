@@ -109,12 +109,8 @@ class DeepSpeedEngine:
             "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
             "steps_per_print": 2**31,
         }
-        if config.precision == "fp64" and self.stage > 0:
-            raise InputError(f"training.zero_stage: {self.stage} is not allowed with training.precision: fp64; give 0")
         self._activate()
         self.engine, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings, mpu=self._mpu)
-        if config.precision == "fp64":
-            self.engine.communication_data_type = torch.float64  # it would reduce in fp32
         assert self.engine.dp_world_size == group.size, "DeepSpeed took another group's size"
 
     def _activate(self) -> None:

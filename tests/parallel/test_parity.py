@@ -9,10 +9,42 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from parallel.covering import Axes, covering, grid
+from parallel.covering import Case as Values
 from ranks import run_ranks
 from reference import Case
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
+AXES: Axes = {
+    "world_size": [1, 2, 3, 4],
+    "experts": [2, 3, 4, 6],
+    "k": ["two", "all"],
+    "accumulation": [1, 2],
+    "clip_norm": [None, 0.5],
+    "engine": [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)],
+    "batchnorm": ["local", "group"],
+}
+# these vary with the cases of the covering set only
+EXTRA: Axes = {"labels": ["balanced", "best", "soft"], "where": ["replicated", "rank0"]}
+
+
+def allowed(values: Values) -> bool:
+    return not (values["experts"] == 2 and values["k"] == "all")  # the same as two of two
+
+
+def case_of(values: Values) -> Case:
+    values = dict(values)
+    engine, zero_stage = values.pop("engine")
+    per_sample = 2 if values.pop("k") == "two" else values["experts"]
+    return Case(per_sample=per_sample, engine=engine, zero_stage=zero_stage, **values)
+
+
+def free_cases(world_size: int) -> list[Case]:
+    """float64, so that rounding cannot flip a choice: routing and labels run free."""
+    return [
+        Case(world_size, experts, k, precision="fp64", batchnorm="group", replay=False)
+        for experts, k in ((3, 2), (4, 4), (6, 2))
+    ]
 
 
 def check(cases: list[Case], folder: Path, timeout: float = 500) -> None:
@@ -34,12 +66,15 @@ def check(cases: list[Case], folder: Path, timeout: float = 500) -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", AXES["world_size"])
 def test_training_does_not_depend_on_the_number_of_ranks(world_size: int, tmp_path: Path) -> None:
-    cases = [
-        Case(world_size, 4, 2),
-        Case(world_size, 4, 4, engine="deepspeed", accumulation=2),
-        Case(world_size, 4, 2, engine="deepspeed", zero_stage=1, clip_norm=0.5, batchnorm="group"),
-        Case(world_size, 4, 2, precision="fp64", batchnorm="group", replay=False),
-    ]
-    check(cases, tmp_path)
+    """Every value of every axis and all pairs of values (over the four world sizes together)."""
+    cases = [case_of(values) for values in covering(AXES | EXTRA, allowed) if values["world_size"] == world_size]
+    check(cases + free_cases(world_size), tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world_size", AXES["world_size"])
+def test_the_whole_grid(world_size: int, tmp_path: Path) -> None:
+    check([case_of(values) for values in grid(AXES | {"world_size": [world_size]}, allowed)], tmp_path, timeout=3000)

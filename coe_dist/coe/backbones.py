@@ -1,0 +1,150 @@
+"""From a name to a network: delegators and experts (classifiers) with our own heads on a trunk.
+
+Names: `small_cnn` (ours, options width and depth), `timm/<name>` or timm's plain name, `torchvision/<name>`. Weights
+are always random, never downloaded. Images come as uint8 and are normalised inside, so that they travel as uint8.
+
+Errors are ValueErrors of one line that begins with `network` or `options.<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from coe_dist.coe.macs import count_macs
+from coe_dist.coe.trunks import Options, build_trunk
+
+
+class Normalise(nn.Module):
+    """Images uint8, or float from 0 to 255 -> (image / 255 - mean) / std per channel, in the network's dtype."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"{name}: {len(values)} values are not allowed; give one for each of {channels} channels"
+                )
+        if min(std) <= 0:
+            raise ValueError(f"std: {min(std)} is not allowed; give numbers above 0")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, channels, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, channels, 1, 1))
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return (images_NCHW.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+
+class Classifier(nn.Module):
+    """An expert, or a single network: images_NCHW uint8 -> class logits [N,C]."""
+
+    def __init__(self, normalise: Normalise, trunk: nn.Module, features: int, classes: int) -> None:
+        super().__init__()
+        self.normalise, self.trunk = normalise, trunk
+        self.class_head = nn.Linear(features, classes)
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.class_head(self.trunk(self.normalise(images_NCHW))))
+
+
+class Delegator(nn.Module):
+    """images_NCHW uint8 -> (class logits [N,C], selection logits [N,E]), two linear heads on one trunk.
+
+    The selection head starts at N(0, 0.01^2) weights and zero bias (our own rule): near to no preference, so that the
+    first losses and not the initialisation make the experts' portions, but not all zero, which would make every
+    sample a tie.
+    """
+
+    def __init__(self, normalise: Normalise, trunk: nn.Module, features: int, classes: int, experts: int) -> None:
+        super().__init__()
+        self.normalise, self.trunk = normalise, trunk
+        self.class_head = nn.Linear(features, classes)
+        self.selection_head = nn.Linear(features, experts)
+        nn.init.normal_(self.selection_head.weight, std=0.01)
+        nn.init.zeros_(self.selection_head.bias)
+
+    def forward(self, images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features_NF = self.trunk(self.normalise(images_NCHW))
+        return self.class_head(features_NF), self.selection_head(features_NF)
+
+
+def build_classifier(
+    network: str,
+    options: Options,
+    *,
+    channels: int,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> Classifier:
+    """A network whose weights are a function of the arguments alone; the global random state is left untouched.
+
+    mean and std: per channel, in units of full intensity (0 to 1). Raises ValueError for an unknown network (close
+    names are given), a refused option, or a wrong number of means.
+    """
+    with _seeded(seed):
+        trunk, features = build_trunk(network, options, channels)
+        return Classifier(Normalise(channels, mean, std), trunk, features, classes)
+
+
+def build_delegator(
+    network: str,
+    options: Options,
+    *,
+    channels: int,
+    classes: int,
+    experts: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> Delegator:
+    """A delegator that chooses among `experts` experts; otherwise as build_classifier."""
+    with _seeded(seed):
+        trunk, features = build_trunk(network, options, channels)
+        return Delegator(Normalise(channels, mean, std), trunk, features, classes, experts)
+
+
+def classifier_with_macs(
+    network: str, options: Options, *, channels: int, classes: int, resolution: int, target_macs: float
+) -> dict[str, Any]:
+    """`options` with the `width` whose classifier comes closest to target_macs MACs.
+
+    It makes the single network that costs what a collaboration costs on average, to compare with. Raises ValueError for another network than small_cnn, or when no width comes within 5%.
+    """
+    if network != "small_cnn":
+        raise ValueError(f"network: {network!r} is not allowed here; only small_cnn has a width to search")
+
+    def macs_at(thousandths: int) -> int:
+        candidate = {**options, "width": thousandths / 1000}
+        with torch.device("meta"):
+            trunk, features = build_trunk(network, candidate, channels)
+            built = Classifier(Normalise(channels, [0.0] * channels, [1.0] * channels), trunk, features, classes)
+        return count_macs(built, channels=channels, resolution=resolution)
+
+    low, high = 1, 64_000  # MACs never fall with width: bisection for the narrowest network that reaches the target
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if macs_at(middle) >= target_macs else (middle + 1, high)
+    found = {width: macs_at(width) for width in (max(low - 1, 1), low)}
+    best = min(found, key=lambda width: abs(found[width] - target_macs))
+    if not abs(found[best] - target_macs) <= 0.05 * target_macs:
+        raise ValueError(
+            f"target_macs: {target_macs} is not allowed; the closest {network}, width {best / 1000}, "
+            f"has {found[best]} MACs"
+        )
+    return {**options, "width": best / 1000}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # the CPU generator alone: torch.manual_seed would also reset the accelerators' generators, which are not saved here
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
