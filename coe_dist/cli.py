@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,7 @@ from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Input
 
 app = typer.Typer(
     name="coe-dist",
-    help="Train and use a Collaboration of Experts: a light delegator answers an image itself or picks one of E experts.",
+    help="Train and use a Collaboration of Experts: a delegator answers an image itself or picks one of E experts.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,7 +78,7 @@ def demo(
 @app.command(epilog="Example: coe-dist evaluate runs/demo --macs-budget 200000 --json")
 def evaluate(
     run: RunPath,
-    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    split: Annotated[Literal["validation", "test"], typer.Option(help="Which images.")] = "test",
     macs_budget: Annotated[
         float | None, typer.Option(help="Average MACs per image; the threshold is calibrated on validation.")
     ] = None,
@@ -98,7 +98,7 @@ def evaluate(
 
 @data_app.command(
     "write",
-    epilog="Example: coe-dist data write --source imagefolder --root ~/imagenet --out data/imagenet --max-resolution 500",
+    epilog="Example: coe-dist data write --source imagefolder --root ~/imagenet --out data/imagenet",
 )
 def data_write(
     out: Annotated[Path, typer.Option(help="Folder for train.beton, validation.beton and test.beton.")],
@@ -167,7 +167,7 @@ def bench(
     quick: Annotated[bool, typer.Option(help="Only the smallest case, to see that it works.")] = False,
 ) -> None:
     """Measure a part of the system against its peer in the same run."""
-    from coe_dist.bench.record import run_bench, show
+    from coe_dist.bench.run import run_bench, show
 
     record = run_bench(name, quick=quick)
     print(json.dumps(record)) if as_json else show(record)

@@ -10,7 +10,8 @@ EXIT_INTERRUPTED = 130
 
 
 class InputError(ValueError):
-    """Bad input: one line that names the field or file, its value and what is allowed. The command line exits with 2."""
+    """Bad input: one line that names the field or file, its value and what is allowed. The command line exits with
+    2."""
 
 
 class TrainingError(RuntimeError):

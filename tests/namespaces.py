@@ -31,18 +31,15 @@ def private_network_command(argv: Sequence[str]) -> list[str]:
     return ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *argv]
 
 
-def test_environment(**changes: str) -> dict[str, str]:
+def clean_environment(**changes: str) -> dict[str, str]:
     """The environment of a process that tests start: finds the package, without this user's Ray settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return {**kept, "PYTHONPATH": str(ROOT), **changes}
 
 
-test_environment.__test__ = False  # type: ignore[attr-defined]  # pytest would take an imported one for a test
-
-
 def in_private_network(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a command (or Python code, given as [sys.executable, "-c", code]) in a private network; options as of subprocess.run."""
-    settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "env": test_environment()}
+    """Runs a command in a private network; options as of subprocess.run."""
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "env": clean_environment()}
     return subprocess.run(private_network_command(argv), **{**settings, **options})
 
 

@@ -1,7 +1,8 @@
 """The brute-force reference: the whole method in one process, one plain loop, no parallel code.
 
 It states the training rules as directly as possible. Two things depend on the number of ranks by definition, and only
-under BatchNorm mode `local`: each network then runs on the same per-rank chunks of rows, with running statistics per rank.
+under BatchNorm mode `local`: each network then runs on the same per-rank chunks of rows, with running statistics per
+rank.
 """
 
 from __future__ import annotations

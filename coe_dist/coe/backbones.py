@@ -116,7 +116,8 @@ def classifier_with_macs(
 ) -> dict[str, Any]:
     """`options` with the `width` whose classifier comes closest to target_macs MACs.
 
-    It makes the single network that costs what a collaboration costs on average, to compare with. Raises ValueError for another network than small_cnn, or when no width comes within 5%.
+    It makes the single network that costs what a collaboration costs on average, to compare with. Raises ValueError
+    for another network than small_cnn, or when no width comes within 5%.
     """
     if network != "small_cnn":
         raise ValueError(f"network: {network!r} is not allowed here; only small_cnn has a width to search")

@@ -55,7 +55,8 @@ def dispatch_sets(
 
         (a + permutation[(p(k-1)+u) mod (E-1)]) mod E,   u = 0..k-2.
 
-    For a balanced assignment loads are kN/E where E divides N, else within k of each other. Raises ValueError for a k outside 1..E.
+    For a balanced assignment loads are kN/E where E divides N, else within k of each other. Raises ValueError for a k
+    outside 1..E.
     """
     _check_per_sample(experts, per_sample)
     assigned_N1 = assignment_N.to(torch.int64)[:, None]
@@ -143,7 +144,8 @@ def variance_weights(losses_Nk: torch.Tensor) -> torch.Tensor:
     """How much each image's choice of expert matters, [N], no gradient: min(v / (mean v + 1e-8), 10), where v is the
     population variance over the dispatch set of the true-class probability exp(-loss) and the mean is over the global
     batch (role: the paper's first version; formula: our own rule)."""
-    variance_N = torch.exp(-losses_Nk).var(dim=1, correction=0)
+    probabilities_Nk = torch.exp(-losses_Nk)
+    variance_N = (probabilities_Nk - probabilities_Nk.mean(dim=1, keepdim=True)).square().mean(dim=1)
     return (variance_N / (variance_N.mean() + 1e-8)).clamp(max=10.0)
 
 

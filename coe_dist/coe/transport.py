@@ -20,8 +20,8 @@ The algorithm uses that E is small: it works on a graph whose nodes are the expe
    its bounds.
 2. *Start.* From any prices, slots are granted to the dearest experts and samples go where they want (ties to the
    least filled expert). All conditions of 1 now hold except that loads differ from slots. Good prices make the
-   excess small: they come from the caller (warm), or from solving a pseudo-random eighth of the rows, recursively,
-   down to a few hundred rows. An eighth of N rows misses by a fraction near 0.4 sqrt(8E/N), so few rows remain to
+   excess small: they come from the caller (warm), or from solving a pseudo-random quarter of the rows, recursively,
+   down to a few hundred rows. A quarter of N rows misses by a fraction near 0.4 sqrt(4E/N), so few rows remain to
    be moved.
 3. *Repair.* Moving a row from j to l loses score[i,j] - score[i,l]; the exchange graph keeps the smallest such loss
    for every ordered pair (a scan of j's members when that row leaves, which stops at the first one on the lower
@@ -61,7 +61,7 @@ SCORE_UNIT = 2.0**-20
 MAX_SAMPLES = 2**20  # 2^20 samples of 2^27 units each, times prices: all sums stay inside int64
 MAX_EXPERTS = 4096
 _PRICE_LIMIT = 2**40  # above any optimal price difference, E * 2^28; warm prices are clipped to it
-_SMALL = 512  # rows below which a start is not worth improving by solving an eighth first
+_SMALL = 512  # rows below which a start is not worth improving by solving an quarter first
 _DENSE: Ints = np.empty((0, 0), np.int64)
 
 
@@ -185,7 +185,7 @@ def _solve(
         slots_E = grant_slots(prices, lower_E, upper_E, samples)
         start = choose_homes(values_NK, edges_NK, prices, slots_E)
         if start[2] > samples // 8 and not small:
-            start = None  # far off: prices of an eighth of the rows will do better
+            start = None  # far off: prices of an quarter of the rows will do better
     if start is None:
         if small:
             prices = np.zeros(experts + 1, np.int64)

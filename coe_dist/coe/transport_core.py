@@ -27,11 +27,6 @@ def compiled(function: F) -> F:
     return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
 
 
-def inlined(function: F) -> F:
-    """The same, copied into its callers: a real call counts references to every array, dearer than a row."""
-    return numba.njit(cache=True, nogil=True, inline="always")(function)  # type: ignore[no-any-return]
-
-
 @compiled
 def integer_scores(scores_NK: NDArray[Any], values_NK: Ints) -> int:
     """Fills values_NK with rint(clip(score) * 2^20); returns the first row with a non-finite score, or -1."""
@@ -68,46 +63,55 @@ def _tie_value(sample_word: np.uint64, expert: int) -> np.int64:
 
 @compiled
 def sample_mask(ids_N: Ints, level: int) -> NDArray[np.bool_]:
-    """A pseudo-random eighth of the rows, nested in the eighth of level - 1; a function of the ids alone."""
+    """A pseudo-random quarter of the rows, nested in the quarter of level - 1; a function of the ids alone."""
     mask_N = np.empty(ids_N.size, np.bool_)
     for i in range(ids_N.size):
-        mask_N[i] = (_mix(_mix(np.uint64(ids_N[i]))) >> np.uint64(3 * level)) & np.uint64(7) == np.uint64(0)
+        mask_N[i] = (_mix(_mix(np.uint64(ids_N[i]))) >> np.uint64(2 * level)) & np.uint64(3) == np.uint64(0)
     return mask_N
 
 
-@inlined
-def edge_value(values_NK: Ints, experts_NK: Ints, i: int, expert: int) -> Any:
-    """The value (int64) of the edge from row i to an expert, NONE if there is none."""
-    value = NONE
+@compiled
+def best_edges(values_NK: Ints, experts_NK: Ints, prices: Ints) -> tuple[Ints, Ints, Ints]:
+    """For every row the largest value - price, how many of its edges reach it, and the expert of the last of them."""
+    samples, columns = values_NK.shape
+    best_N = np.empty(samples, np.int64)
+    count_N = np.empty(samples, np.int64)
+    expert_N = np.empty(samples, np.int64)
+    if experts_NK.size == 0:  # loops of their own, without branches: the compiler turns them into vector instructions
+        for i in range(samples):
+            best, count, expert = 2 * NONE, 0, 0
+            for j in range(columns):
+                best = max(best, values_NK[i, j] - prices[j])
+            for j in range(columns):
+                hit = values_NK[i, j] - prices[j] == best
+                count += 1 if hit else 0
+                expert = max(expert, j if hit else 0)
+            best_N[i], count_N[i], expert_N[i] = best, count, expert
+    else:
+        for i in range(samples):
+            best, count, expert = 2 * NONE, 0, 0
+            for c in range(columns):
+                net = values_NK[i, c] - prices[experts_NK[i, c]]
+                if net >= best:
+                    count = count + 1 if net == best else 1
+                    best, expert = net, experts_NK[i, c]
+            best_N[i], count_N[i], expert_N[i] = best, count, expert
+    return best_N, count_N, expert_N
+
+
+@compiled
+def home_values(values_NK: Ints, experts_NK: Ints, home_N: Ints) -> Ints:
+    """The value of each row's edge to its home, NONE if there is none."""
+    value_N = np.full(home_N.size, NONE, np.int64)
     if experts_NK.size == 0:
-        value = values_NK[i, expert]
+        for i in range(home_N.size):
+            value_N[i] = values_NK[i, home_N[i]]
     else:
-        for c in range(experts_NK.shape[1]):
-            if experts_NK[i, c] == expert:
-                value = values_NK[i, c]
-    return value
-
-
-@inlined
-def best_edges(values_NK: Ints, experts_NK: Ints, prices: Ints, i: int) -> Any:
-    """(largest value - price of row i, how many edges reach it, the expert of one of them)."""
-    best, count, last = 2 * NONE, 0, 0
-    if experts_NK.size == 0:  # three loops without branches, which the compiler turns into vector instructions
-        for j in range(values_NK.shape[1]):
-            best = max(best, values_NK[i, j] - prices[j])
-        for j in range(values_NK.shape[1]):
-            hit = values_NK[i, j] - prices[j] == best
-            count += 1 if hit else 0
-            last = max(last, j if hit else 0)
-    else:
-        for c in range(values_NK.shape[1]):
-            net = values_NK[i, c] - prices[experts_NK[i, c]]
-            if net > best:
-                best, count, last = net, 1, experts_NK[i, c]
-            elif net == best:
-                count += 1
-                last = experts_NK[i, c]
-    return best, count, last
+        for i in range(home_N.size):
+            for c in range(experts_NK.shape[1]):
+                if experts_NK[i, c] == home_N[i]:
+                    value_N[i] = values_NK[i, c]
+    return value_N
 
 
 @compiled
@@ -143,25 +147,18 @@ def choose_homes(values_NK: Ints, experts_NK: Ints, prices: Ints, slots_E: Ints)
     """
     samples, columns = values_NK.shape
     dense = experts_NK.size == 0
-    home_N = np.empty(samples, np.int64)
-    best_T = np.empty(samples, np.int64)
-    tied_T = np.empty(samples, np.int64)
-    ties = 0
+    best_N, count_N, home_N = best_edges(values_NK, experts_NK, prices)
     room_E = slots_E.copy()
     for i in range(samples):
-        best, count, expert = best_edges(values_NK, experts_NK, prices, i)
-        if count == 1:
-            home_N[i] = expert
-            room_E[expert] -= 1
-        else:
-            best_T[ties], tied_T[ties] = best, i
-            ties += 1
-    for t in range(ties):
-        i = tied_T[t]
+        if count_N[i] == 1:
+            room_E[home_N[i]] -= 1
+    for i in range(samples):
+        if count_N[i] == 1:
+            continue
         most, choice = 2 * NONE, 0
         for c in range(columns):
             j = c if dense else experts_NK[i, c]
-            room = room_E[j] if values_NK[i, c] - prices[j] == best_T[t] else 2 * NONE
+            room = room_E[j] if values_NK[i, c] - prices[j] == best_N[i] else 2 * NONE
             choice = j if room > most else choice
             most = max(room, most)
         home_N[i] = choice
@@ -179,17 +176,16 @@ def certify(
     of the non-negative terms of dual - primal is zero (each row's home maximises value - price, an expert with a price
     above the ground's is full, one below it is at its lower bound). The objectives hold while they fit int64.
     """
+    best_N = best_edges(values_NK, experts_NK, prices)[0]
+    value_N = home_values(values_NK, experts_NK, home_N)
     load_E = np.zeros(lower_E.size, np.int64)
     optimal = True
     primal, dual = 0, 0
-    for i in range(values_NK.shape[0]):
-        best = best_edges(values_NK, experts_NK, prices, i)[0]
-        j = home_N[i]
-        value = edge_value(values_NK, experts_NK, i, j)
-        optimal &= value != NONE and value - prices[j] == best
-        load_E[j] += 1
-        primal += value
-        dual += best + prices[-1]
+    for i in range(home_N.size):
+        load_E[home_N[i]] += 1
+        optimal &= value_N[i] != NONE and value_N[i] - prices[home_N[i]] == best_N[i]
+        primal += value_N[i]
+        dual += best_N[i] + prices[-1]
     for j in range(lower_E.size):
         price = prices[j] - prices[-1]
         bound = upper_E[j] if price > 0 else lower_E[j]
@@ -211,22 +207,16 @@ def tied_rows(
     """
     samples, columns = values_NK.shape
     dense = experts_NK.size == 0
-    rows_N = np.empty(samples, np.int64)
-    best_N = np.empty(samples, np.int64)
+    best_N, count_N, _ = best_edges(values_NK, experts_NK, prices)
+    rows_T = np.flatnonzero(count_N > 1)
     fixed_E = np.zeros(experts, np.int64)
-    ties = 0
     for i in range(samples):
-        best, count, _ = best_edges(values_NK, experts_NK, prices, i)
-        if count == 1:
-            fixed_E[home_N[i]] += 1
-        else:
-            rows_N[ties], best_N[ties] = i, best
-            ties += 1
-    values_TK = np.empty((ties, columns), np.int64)
-    for t in range(ties):
-        i = rows_N[t]
+        fixed_E[home_N[i]] += count_N[i] == 1
+    values_TK = np.empty((rows_T.size, columns), np.int64)
+    for t in range(rows_T.size):
+        i = rows_T[t]
         word = _mix(np.uint64(ids_N[i]))
         for c in range(columns):
             j = c if dense else experts_NK[i, c]
-            values_TK[t, c] = _tie_value(word, j) if values_NK[i, c] - prices[j] == best_N[t] else NONE
-    return rows_N[:ties].copy(), values_TK, fixed_E
+            values_TK[t, c] = _tie_value(word, j) if values_NK[i, c] - prices[j] == best_N[i] else NONE
+    return rows_T, values_TK, fixed_E

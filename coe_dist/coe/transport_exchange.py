@@ -9,34 +9,48 @@ from typing import Any
 
 import numpy as np
 
-from coe_dist.coe.transport_core import NONE, Ints, compiled, edge_value
+from coe_dist.coe.transport_core import NONE, Ints, compiled, home_values
 
 FAR = 2**62  # cost of a move that does not exist
 
 
 @compiled
 def _cheapest(
-    values_NK: Ints, experts_NK: Ints, member: Ints, begin: int, load: int, j: int, to: int, bound: int
+    values_NK: Ints, experts_NK: Ints, value_N: Ints, member: Ints, begin: int, load: int, to: int, bound: int
 ) -> Any:
-    """The member of j that loses least by moving to `to`, and that loss; stops at one that meets the lower bound."""
+    """The smallest loss of moving one of `load` members to expert `to`, and its row; stops at a loss of `bound`."""
     best, who = FAR, -1
     dense = experts_NK.size == 0
     for slot in range(begin, begin + load):
         i = member[slot]
-        if dense:  # written out: a call per member costs more than the rest of the scan
-            here, there = values_NK[i, j], values_NK[i, to]
+        there = NONE
+        if dense:
+            there = values_NK[i, to]
         else:
-            here, there = NONE, NONE
             for c in range(experts_NK.shape[1]):
-                if experts_NK[i, c] == j:
-                    here = values_NK[i, c]
                 if experts_NK[i, c] == to:
                     there = values_NK[i, c]
-        if there != NONE and here - there < best:
-            best, who = here - there, i
+        if there != NONE and value_N[i] - there < best:
+            best, who = value_N[i] - there, i
             if best <= bound:
                 break
     return best, who
+
+
+@compiled
+def _cheapest_of_all(values_NK: Ints, experts_NK: Ints, value_N: Ints, home_N: Ints, nodes: int) -> tuple[Ints, Ints]:
+    """_cheapest for every ordered pair of experts: losses and rows [E+1,E+1], FAR and -1 where there is no edge."""
+    cost_MM = np.full((nodes, nodes), FAR, np.int64)
+    mover_MM = np.full((nodes, nodes), -1, np.int64)
+    dense = experts_NK.size == 0
+    for i in range(home_N.size):
+        j = home_N[i]
+        for c in range(values_NK.shape[1]):
+            to = c if dense else experts_NK[i, c]
+            if value_N[i] - values_NK[i, c] < cost_MM[j, to] and values_NK[i, c] != NONE and to != j:
+                cost_MM[j, to] = value_N[i] - values_NK[i, c]
+                mover_MM[j, to] = i
+    return cost_MM, mover_MM
 
 
 @compiled
@@ -108,16 +122,8 @@ def repair(
         where_N[i] = fill_E[home_N[i]]
         fill_E[home_N[i]] += 1
 
-    cost_MM = np.full((nodes, nodes), FAR, np.int64)
-    mover_MM = np.full((nodes, nodes), -1, np.int64)
-    for i in range(samples):
-        j = home_N[i]
-        here = edge_value(values_NK, experts_NK, i, j)
-        for c in range(columns):
-            to = c if dense else experts_NK[i, c]
-            if to != j and values_NK[i, c] != NONE and here - values_NK[i, c] < cost_MM[j, to]:
-                cost_MM[j, to] = here - values_NK[i, c]
-                mover_MM[j, to] = i
+    value_N = home_values(values_NK, experts_NK, home_N)
+    cost_MM, mover_MM = _cheapest_of_all(values_NK, experts_NK, value_N, home_N, nodes)
     excess_M = np.zeros(nodes, np.int64)
     remaining = 0
     for j in range(experts):
@@ -173,17 +179,18 @@ def repair(
                 member[where_N[i]] = i
                 load_E[to] += 1
                 home_N[i] = to
-                here = edge_value(values_NK, experts_NK, i, to)
+                value_N[i] -= cost_MM[j, to]
                 for c in range(columns):
                     other = c if dense else experts_NK[i, c]
                     if values_NK[i, c] == NONE:
                         continue
                     if other != j and mover_MM[j, other] == i:
+                        bound = prices[j] - prices[other]
                         cost_MM[j, other], mover_MM[j, other] = _cheapest(
-                            values_NK, experts_NK, member, begin_E[j], load_E[j], j, other, prices[j] - prices[other]
+                            values_NK, experts_NK, value_N, member, begin_E[j], load_E[j], other, bound
                         )
-                    if other != to and here - values_NK[i, c] < cost_MM[to, other]:
-                        cost_MM[to, other] = here - values_NK[i, c]
+                    if other != to and value_N[i] - values_NK[i, c] < cost_MM[to, other]:
+                        cost_MM[to, other] = value_N[i] - values_NK[i, c]
                         mover_MM[to, other] = i
                 to = j
     return True

@@ -10,7 +10,7 @@ from pathlib import Path
 _ADVICE = (
     (
         "",
-        r"No module named '(?:coe_dist|torch|ffcv|deepspeed|ray|mlflow)",
+        r"No module named '(?:coe_dist|torch|ffcv|deepspeed|ray|mlflow)'",
         "install the project again in this environment: pip install -e .",
     ),
     (

@@ -46,7 +46,7 @@ class ProgressDisplay:
             self._thread.join()
 
     def _show_live(self, tail: FileTail) -> None:
-        with Live(console=self._console, auto_refresh=False) as live:
+        with Live(render(self._state), console=self._console, auto_refresh=False) as live:
             ending = False
             while not ending:
                 ending = self._stopping.wait(_EVERY_SECONDS)

@@ -11,15 +11,12 @@ import importlib
 import logging
 import os
 import shutil
-import signal
 import socket
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from coe_dist.config import RunConfig
@@ -27,16 +24,10 @@ from coe_dist.errors import InputError
 from coe_dist.orchestration.processes import end_marked, marking, new_mark
 from coe_dist.orchestration.ray_token import default_token_file, ensure_token_file
 from coe_dist.orchestration.resources import usable_cores, usable_gpus
+from coe_dist.orchestration.signals import own_signals, undisturbed
 
 _LONGEST_TEMP_FOLDER = 30  # Ray puts unix sockets about 70 characters below it, and their paths may have 107 characters
 _OBJECT_STORE_BYTES = 128 * 2**20  # tensors travel by torch.distributed; Ray's own store only carries the job
-
-
-class Terminated(SystemExit):
-    """SIGTERM reached this process; exits with 143, the shell's number for it."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
     """Starts a Ray on this machine with the cores and GPUs this process may use, and ends all of it afterwards.
 
     Every process of it is gone when the block is left: at its end, by an exception, Ctrl-C or SIGTERM (which raises
-    Terminated in the main thread). `node_ip` is the address other machines would use; none lets Ray choose.
+    signals.Terminated in the main thread). `node_ip` is the address other machines would use; none lets Ray choose.
     Raises InputError when the token file is not private or a Ray is running in this process already.
     """
     environment = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -63,7 +54,7 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
     gpus = usable_gpus() if config.workers.device != "cpu" else 0
     folder = _short_private_folder()
     try:
-        with _environment(environment), _own_signals() as install_handler:
+        with _environment(environment), own_signals() as install_handler:
             mark = new_mark()
             try:
                 with marking(mark):
@@ -79,7 +70,7 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
                 install_handler()
                 yield _session(local=True)
             finally:
-                with _undisturbed():
+                with undisturbed():
                     _disconnect()
                     end_marked(mark)
     finally:
@@ -101,13 +92,13 @@ def connect(address: str, *, timeout_seconds: float = 10.0) -> Iterator[RaySessi
     own = default_token_file()
     if not _token_given() and own.exists():
         environment["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file(own))
-    with _environment(environment), _own_signals() as install_handler:
+    with _environment(environment), own_signals() as install_handler:
         try:
             _init(address=address)
             install_handler()
             yield _session(local=False)
         finally:
-            with _undisturbed():
+            with undisturbed():
                 _disconnect()
 
 
@@ -189,48 +180,3 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _own_signals() -> Iterator[Callable[[], None]]:
-    """SIGTERM raises Terminated inside the block (main thread only); both signals' handlers are as before after it.
-
-    Yields the function that installs our handler again: ray.init puts one of its own in place.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    received = threading.Event()
-
-    def terminate(_signal: int, _frame: FrameType | None) -> None:
-        received.set()
-        raise Terminated
-
-    def install() -> None:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, terminate)
-
-    install()
-    try:
-        yield install
-    except SystemExit:
-        if received.is_set():  # inside ray.get Ray makes a plain SystemExit(1) of it
-            raise Terminated from None
-        raise
-    finally:
-        if in_main_thread:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignores Ctrl-C and SIGTERM in the block: the clean-up takes bounded time and must not be cut short."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

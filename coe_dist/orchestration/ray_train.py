@@ -59,7 +59,7 @@ def run_under_ray(
     Uses the open `session`, else the cluster at `address`, else a Ray of its own on this machine.
     Raises InputError when the machine or cluster is too small or a worker met bad input, TrainingError with the
     worker's own line when a worker failed (tracebacks in <run_dir>/error.txt), KeyboardInterrupt on Ctrl-C and
-    ray_session.Terminated on SIGTERM; in each case the workers are gone when the session is left.
+    signals.Terminated on SIGTERM; in each case the workers are gone when the session is left.
     """
     if session is None:
         if address is None:

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coe_dist import tracking
 from coe_dist.config import NetworkConfig, RunConfig, parse_config
@@ -124,12 +124,13 @@ def load_run_config(run_dir: str | Path) -> RunConfig:
 def evaluate(
     run_dir: str | Path,
     *,
-    split: str = "test",
+    split: Literal["validation", "test"] = "test",
     macs_budget: float | None = None,
     threshold: float | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run's newest checkpoint on the workers of its configuration; returns evaluation-<split>.json's content."""
+    """Evaluates a run's newest checkpoint on the workers of its configuration; returns evaluation-<split>.json's
+    content."""
     from coe_dist.training.checks import check_budget, check_run
     from coe_dist.training.job import Job
     from coe_dist.training.worker import run_worker

@@ -21,7 +21,8 @@ from coe_dist.parallel.groups import Group
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Takes over the parameters and buffers of a BatchNorm layer; `drop` and `act` are those of timm's BatchNormAct2d."""
+    """Takes over the parameters and buffers of a BatchNorm layer; `drop` and `act` are those of timm's
+    BatchNormAct2d."""
 
     def __init__(self, original: nn.BatchNorm2d, group: Group | None) -> None:
         if original.momentum is None:
@@ -52,7 +53,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         else:
             self.rows += images_NCHW.shape[0]
             normalised = super().forward(images_NCHW)
-        return self.act(self.drop(normalised))
+        result: torch.Tensor = self.act(self.drop(normalised))
+        return result
 
     def _with_running_statistics(self, images: torch.Tensor) -> torch.Tensor:
         return F.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -71,11 +73,12 @@ class SplitBatchNorm(nn.BatchNorm2d):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
         inverse = torch.rsqrt(variance + self.eps)
-        centred = _GroupNormalise.apply(images, mean, inverse, count, self.group)
+        centred: torch.Tensor = _GroupNormalise.apply(images, mean, inverse, count, self.group)
         if self.weight is None:
             return centred
         shape = (1, -1, 1, 1)
-        return centred * self.weight.view(shape).to(centred.dtype) + self.bias.view(shape).to(centred.dtype)
+        scaled: torch.Tensor = centred * self.weight.view(shape).to(centred.dtype)
+        return scaled + self.bias.view(shape).to(centred.dtype)
 
 
 def _group_statistics(images: torch.Tensor, group: Group) -> tuple[float, torch.Tensor, torch.Tensor]:

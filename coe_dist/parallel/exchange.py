@@ -4,9 +4,10 @@ One exchange, step by step (our own design):
 
 1. Every rank knows the dispatch sets of the whole global batch, so `plan_exchange` derives on each rank, without
    communication, which (sample, expert) pairs it sends to whom and which it receives from whom.
-2. `dispatch` sends each other rank ONE segment of bytes: 8 bytes per pair (label, loss weight) and then each uint8 image
-   once, even when several experts of that rank want it. Nothing is padded, nothing is dropped, and what a rank would send
-   to itself stays where it is.
+2. `dispatch` sends each other rank ONE segment of bytes: 8 bytes per pair (label, loss weight) and then each uint8
+image
+   once, even when several experts of that rank want it. Nothing is padded, nothing is dropped, and what a rank would
+   send to itself stays where it is.
 3. The experts of this rank read their rows from what arrived and from the local batch.
 4. `combine` sends one float per pair back by the reverse all-to-all; the data rank gets losses_Bk.
 
@@ -84,7 +85,7 @@ def destinations(experts_Nk: np.ndarray, source_N: np.ndarray, placement: Expert
             room[rank] -= len(local)
         placed[placed < 0] = np.repeat(list(room), list(room.values()))
         dest_P[pairs] = placed
-    return dest_P.reshape(experts_Nk.shape)
+    return dest_P.reshape(*experts_Nk.shape)
 
 
 def plan_exchange(experts_Nk: torch.Tensor, sizes: list[int], placement: ExpertPlacement, rank: int) -> ExchangePlan:
@@ -176,7 +177,7 @@ def dispatch(
         dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes, group=world.handle)
 
     pool, labels, weights = [], [], []
-    for other, segment in enumerate(incoming.split(receive_sizes)):
+    for other, segment in enumerate(torch.split(incoming, receive_sizes)):
         if other == plan.rank:
             own = plan.send_pairs[other].to(device)
             pool.append(flat)
@@ -209,14 +210,15 @@ def combine(plan: ExchangePlan, values: dict[int, torch.Tensor], world: Group) -
     order of its ExpertBatch. Collective over `world`; asynchronous.
     """
     template = next(iter(values.values()))
+    shape_Bk = (plan.batch_rows, plan.per_sample, *template.shape[1:])
     mine_P = template.new_zeros(sum(plan.receive_pairs), *template.shape[1:])
     for expert, value in values.items():
         mine_P[plan.expert_pairs[expert].to(template.device)] = value
     values_Bk = template.new_zeros(plan.batch_rows * plan.per_sample, *template.shape[1:])
-    parts = list(mine_P.split(list(plan.receive_pairs)))
+    parts = torch.split(mine_P, list(plan.receive_pairs))
     values_Bk[plan.send_pairs[plan.rank].to(template.device)] = parts[plan.rank]
     if world.handle is None:
-        return lambda: values_Bk.unflatten(0, (plan.batch_rows, plan.per_sample))
+        return lambda: values_Bk.view(shape_Bk)
 
     back_sizes = [0 if other == plan.rank else count for other, count in enumerate(plan.receive_pairs)]
     own_sizes = [0 if other == plan.rank else len(pairs) for other, pairs in enumerate(plan.send_pairs)]
@@ -227,11 +229,12 @@ def combine(plan: ExchangePlan, values: dict[int, torch.Tensor], world: Group) -
 
     def wait() -> torch.Tensor:
         with world.naming_failures("combine"):
+            if work is not None:
             work.wait()
-        for other, part in enumerate(incoming.split(own_sizes)):
+        for other, part in enumerate(torch.split(incoming, own_sizes)):
             if other != plan.rank:
                 values_Bk[plan.send_pairs[other].to(template.device)] = part
         assert outgoing is not None  # keeps the sent buffer alive until the transfer has ended
-        return values_Bk.unflatten(0, (plan.batch_rows, plan.per_sample))
+        return values_Bk.view(shape_Bk)
 
     return wait

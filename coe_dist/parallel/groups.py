@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 from coe_dist.errors import TrainingError
 from coe_dist.parallel.placement import ExpertPlacement
+
+# torch 2.14 renames it and warns at every first use of the old name
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Group:
             if sizes is None:
                 mine = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
                 all_sizes = mine.new_empty(self.size)
-                dist.all_gather_into_tensor(all_sizes, mine, group=self.handle)
+                _all_gather(all_sizes, mine, group=self.handle)
                 sizes = all_sizes.tolist()
             longest = max(sizes)
             padded = (
@@ -65,7 +68,7 @@ class Group:
                 else torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
             )
             gathered = rows.new_empty(self.size * longest, *rows.shape[1:])
-            dist.all_gather_into_tensor(gathered, padded.contiguous(), group=self.handle)
+            _all_gather(gathered, padded.contiguous(), group=self.handle)
         if all(size == longest for size in sizes):
             return gathered, sizes
         parts = gathered.view(self.size, longest, *rows.shape[1:])
@@ -87,6 +90,12 @@ class Groups:
         return self.placement.experts_of_rank[self.rank]
 
 
+def _new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup | None:
+    """None on ranks that are not members. Collective over the world, also for them."""
+    created = dist.new_group(list(ranks), timeout=timeout)
+    return created if isinstance(created, dist.ProcessGroup) else None
+
+
 def create_groups(experts: int, *, timeout_seconds: float) -> Groups:
     """Creates the groups of ExpertPlacement(experts, world size). Collective: every rank calls it.
 
@@ -100,14 +109,14 @@ def create_groups(experts: int, *, timeout_seconds: float) -> Groups:
     timeout = timedelta(seconds=timeout_seconds)
     placement = ExpertPlacement(experts, world_size)
     everyone = tuple(range(world_size))
-    world = Group("world", everyone, dist.new_group(list(everyone), timeout=timeout) if world_size > 1 else None)
+    world = Group("world", everyone, _new_group(everyone, timeout) if world_size > 1 else None)
     alone = None
     for member in everyone:  # every rank takes part in the creation of every group, in the same order
-        created = dist.new_group([member], timeout=timeout)
+        created = _new_group([member], timeout)
         alone = created if member == rank else alone
     hosted: dict[int, Group] = {}
     for expert, ranks in enumerate(placement.ranks_of_expert):
-        handle = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+        handle = _new_group(ranks, timeout) if len(ranks) > 1 else None
         if rank in ranks:
             hosted[expert] = Group(f"expert {expert}", ranks, handle)
     return Groups(placement, rank, world, alone, hosted)

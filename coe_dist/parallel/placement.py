@@ -1,8 +1,8 @@
 """Which rank hosts which expert: pure arithmetic, for any number of experts and any world size (our own rule).
 
 E >= W: contiguous blocks of experts whose sizes differ by at most one, larger blocks first (6 on 4 -> 2, 2, 1, 1).
-E <  W: contiguous blocks of ranks, likewise; the ranks of a block are the replicas of one expert (4 on 6 -> 2, 2, 1, 1).
-So a rank hosts several experts or one replica, never both, and nothing needs to divide anything.
+E <  W: contiguous blocks of ranks, likewise; the ranks of a block are the replicas of one expert (4 on 6 -> 2, 2, 1,
+1). So a rank hosts several experts or one replica, never both, and nothing needs to divide anything.
 """
 
 from __future__ import annotations

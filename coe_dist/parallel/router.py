@@ -1,7 +1,7 @@
 """From every rank's selection logits to the assignment, the dispatch plan and the selection labels of the global batch.
 
-The one place where the method (coe_dist.coe.modules) meets the processes. Where the transportation problems are solved is
-a Solver's business (coe_dist.parallel.solvers); all of them give identical plans.
+The one place where the method (coe_dist.coe.modules) meets the processes. Where the transportation problems are solved
+is a Solver's business (coe_dist.parallel.solvers); all of them give identical plans.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Router:
         """
         losses_Nk, _ = self.groups.world.all_gather_rows(losses_Bk, routing.sizes)
         if not bool(torch.isfinite(losses_Nk).all()):
-            broken = routing.experts_Nk[~torch.isfinite(losses_Nk)].unique().tolist()
+            broken = torch.unique(routing.experts_Nk[~torch.isfinite(losses_Nk)]).tolist()
             raise NonFiniteError(f"step {step}: the losses of experts {broken} are not finite (NaN or infinity)")
         pending = self.solver.start_labels(losses_Nk, routing.experts_Nk, routing.ids_N, routing.sizes)
         variance_N = modules.variance_weights(losses_Nk) if self.variance else torch.ones_like(losses_Nk[:, 0])

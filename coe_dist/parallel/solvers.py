@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -36,7 +37,7 @@ class Problems:
 
     def __init__(self, experts: int, rule: str, temperature: float) -> None:
         self.experts, self.rule, self.temperature = experts, rule, temperature
-        self.prices_E = None
+        self.prices_E: np.ndarray | None = None
 
     def assign(self, selection_NE: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         solved = modules.route(selection_NE.cpu(), ids_N.cpu(), warm_prices_E=self.prices_E)

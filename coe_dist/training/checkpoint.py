@@ -5,8 +5,8 @@
                                 manifest.json   written last; a folder without a valid one does not exist for resume
     checkpoints/latest          names the newest complete save, replaced atomically
 
-Each network is written by exactly one rank of its group. Weights are safetensors, optimizer state is a tensor dictionary by
-parameter name read with weights_only, so loading never runs code from the file.
+Each network is written by exactly one rank of its group. Weights are safetensors, optimizer state is a tensor
+dictionary by parameter name read with weights_only, so loading never runs code from the file.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def damage(save: Path) -> str:
 
 def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest save that verifies, and a warning for each newer one that does not."""
-    warnings = []
+    warnings: list[str] = []
     for candidate in complete_saves(folder):
         problem = damage(candidate)
         if not problem:
@@ -191,11 +191,13 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 def load(
     save: Path, engines: list[NetworkEngine], *, experts: int, optimizer: bool = True
 ) -> tuple[Position, dict[str, Any]]:
-    """Loads this rank's networks from a save of any world size. Raises InputError when the save holds other networks."""
+    """Loads this rank's networks from a save of any world size. Raises InputError when the save holds other
+    networks."""
     manifest = json.loads((save / "manifest.json").read_text())
     if manifest["experts"] != experts:
         raise InputError(
-            f"{save}: it holds {manifest['experts']} experts, experts.count is {experts}; `coe-dist scale` changes the count"
+            f"{save}: it holds {manifest['experts']} experts, experts.count is {experts}; "
+            "`coe-dist scale` changes the count"
         )
     for engine in engines:
         load_weights(save, engine.network, engine.name)

@@ -19,7 +19,8 @@ def check_run(config: RunConfig) -> NetworkBuilder:
         check_classes(split, info, train)
     if config.training.global_batch > (count := min(train.count, config.data.limit or train.count)):
         raise InputError(
-            f"training.global_batch: {config.training.global_batch} is not allowed; the train split has {count} images, give at most {count}"
+            f"training.global_batch: {config.training.global_batch} is not allowed; "
+            f"the train split has {count} images, give at most {count}"
         )
     builder = NetworkBuilder(config, train)
     delegator_macs, expert_macs = builder.collaboration_macs()
@@ -40,7 +41,8 @@ def check_classes(split: str, info: SplitInfo, train: SplitInfo) -> None:
         if text
     )
     raise InputError(
-        f"{split}.beton: its classes differ from train.beton's ({difference or 'another order'}); write both from one source"
+        f"{split}.beton: its classes differ from train.beton's ({difference or 'another order'}); "
+        "write both from one source"
     )
 
 

@@ -1,10 +1,10 @@
 """Several DeepSpeed engines in one process, made safe.
 
-DeepSpeed keeps the process groups in a module global (`deepspeed.utils.groups.mpu`). At ZeRO stage 0 an engine reads that
-global when it reduces, not its own group: with several engines, gradients of one network would silently be averaged over
-the ranks of another. So every engine has an mpu of its own, and the global is set to it around each call that may
-communicate. Clipping in fp32 at stage 0 averages per-rank norms (DeepSpeed#8475), so we clip there ourselves; the ZeRO
-stages clip on the true norm.
+DeepSpeed keeps the process groups in a module global (`deepspeed.utils.groups.mpu`). At ZeRO stage 0 an engine reads
+that global when it reduces, not its own group: with several engines, gradients of one network would silently be
+averaged over the ranks of another. So every engine has an mpu of its own, and the global is set to it around each call
+that may communicate. Clipping in fp32 at stage 0 averages per-rank norms (DeepSpeed#8475), so we clip there ourselves;
+the ZeRO stages clip on the true norm.
 """
 
 from __future__ import annotations

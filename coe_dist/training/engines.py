@@ -113,7 +113,9 @@ class TorchEngine:
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             self.group.all_reduce_sum(flat).div_(self.group.size)
-            for parameter, part in zip(self._parameters, flat.split([g.numel() for g in grads]), strict=True):
+            for parameter, part in zip(
+                self._parameters, torch.split(flat, [grad.numel() for grad in grads]), strict=True
+            ):
                 parameter.grad = part.view_as(parameter)
 
     def step(self) -> bool:

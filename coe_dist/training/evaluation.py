@@ -65,7 +65,7 @@ class Evaluator:
         order = torch.argsort(gathered[:, 0])
         table = gathered[order].cpu()
         ids = table[:, 0].long()
-        assert len(ids) == len(ids.unique()), "an image was evaluated twice"
+        assert len(ids) == len(torch.unique(ids)), "an image was evaluated twice"
         return Records(
             ids,
             table[:, 1].long(),

@@ -36,7 +36,7 @@ class NetworkBuilder:
 
     def delegator(self) -> nn.Module:
         section = self.config.delegator
-        with _naming("delegator"):
+        with _Naming("delegator"):
             return backbones.build_delegator(
                 section.network,
                 section.options,
@@ -49,7 +49,7 @@ class NetworkBuilder:
         return self.single(self.config.experts, "experts", derive_seed(self.config.seed, "expert", expert))
 
     def single(self, section: NetworkConfig, field: str, seed: int) -> nn.Module:
-        with _naming(field):
+        with _Naming(field):
             return backbones.build_classifier(section.network, section.options, **self._arguments(), seed=seed)
 
     def macs_of(self, network: nn.Module) -> int:
@@ -60,7 +60,7 @@ class NetworkBuilder:
         return self.macs_of(self.delegator()), [self.macs_of(self.expert(0))] * self.config.experts.count
 
 
-class _naming:
+class _Naming:
     """Turns a ValueError of a network's constructor into an InputError that names the config section."""
 
     def __init__(self, field: str) -> None:

@@ -14,14 +14,11 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, learning_rate: 
     """SGD or AdamW with two groups: weight decay on matrices and kernels, none on vectors and scalars (norms, biases,
     activations' own parameters). Asserts that every trainable parameter is in exactly one group."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    assert sum(len(group["params"]) for group in groups) == len({id(p) for p in trainable}), (
-        "a parameter is in two groups"
-    )  # type: ignore[arg-type]
+    decayed = [parameter for parameter in trainable if parameter.ndim > 1]
+    others = [parameter for parameter in trainable if parameter.ndim <= 1]
+    decays = ((decayed, config.weight_decay), (others, 0.0))
+    groups = [{"params": members, "weight_decay": decay} for members, decay in decays if members]
+    assert len(decayed) + len(others) == len({id(parameter) for parameter in trainable}), "a parameter is in two groups"
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0
         return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=nesterov, foreach=True)

@@ -7,8 +7,9 @@
              (sample, expert) travels back while the experts' backward pass runs.
 5. Teach the delegator: selection labels, variance weights, its own loss and backward; then every engine steps.
 
-Gradients are those of means over the GLOBAL micro-batch of N images: each engine's loss is scaled by R/N, R the ranks of
-its group, because engines average over their group. With accumulation over G micro-batches each is scaled by 1/G more.
+Gradients are those of means over the GLOBAL micro-batch of N images: each engine's loss is scaled by R/N, R the ranks
+of its group, because engines average over their group. With accumulation over G micro-batches each is scaled by 1/G
+more.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class CollaborationStep:
     def _expert_losses(
         self, received: dict[int, ExpertBatch], routing: Routing, sums: StepSums, divisor: int
     ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor | None]]:
-        """Forward of every hosted expert: cross-entropy per pair [P_e] to send back, and the loss to run backward on."""
+        """Forward of every hosted expert: cross-entropy per pair [P_e] to send back, and the loss to run backward
+        on."""
         losses: dict[int, torch.Tensor] = {}
         backward: dict[int, torch.Tensor | None] = {}
         for expert in sorted(self.experts):

@@ -25,7 +25,9 @@ Batches = Callable[[str], Iterable[MicroBatch]]  # split -> this rank's batches 
 
 
 class Task(Protocol):
-    step: CollaborationStep | SingleStep
+    @property
+    def step(self) -> CollaborationStep | SingleStep: ...
+
     experts: int
     experts_per_sample: int
 

@@ -61,7 +61,7 @@ def _train(job: Job, task: Task, data: Data, position: Position) -> None:
 
 
 def _evaluate(job: Job, task: CollaborationTask, data: Data) -> None:
-    splits = ("validation",) if job.split == "validation" else ("test",)
+    splits: tuple[str, ...] = ("validation",) if job.split == "validation" else ("test",)
     if job.macs_budget is not None and job.split == "test":
         splits = ("validation", "test")  # the threshold is always calibrated on validation
     stored = Path(job.run_dir) / "evaluation-validation.json"

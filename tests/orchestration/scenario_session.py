@@ -48,10 +48,6 @@ def break_on_rank_1(job):
     dist.all_reduce(torch.ones(1))  # fails a moment later, because rank 1 is gone
 
 
-def diverge(job):
-    raise TrainingError("step 7: the loss is not finite")
-
-
 def refuse_input(job):
     attempts = Path(job.run_dir, f"attempts-{dist.get_rank()}")
     attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
@@ -102,7 +98,6 @@ if __name__ == "__main__":
         found["session"] = {"address": session.address, "local": session.local, "cpus": session.cpus}
         found["add_up"] = outcome(add_up, session, "add_up", count=2, oversubscribe=True, threads=2)
         found["break"] = outcome(break_on_rank_1, session, "break", **both)
-        found["diverge"] = outcome(diverge, session, "diverge", **both)
         found["refuse"] = outcome(refuse_input, session, "refuse", max_failures=1, **both)
         found["die"] = outcome(die_on_rank_1, session, "die", **both)
         found["too_many"] = outcome(add_up, session, "too_many", count=int(session.cpus) + 1)

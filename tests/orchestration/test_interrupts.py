@@ -9,8 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from tests.namespaces import private_network_command, python, test_environment
+from namespaces import clean_environment, private_network_command, python
 
 SCENARIO = Path(__file__).with_name("scenario_interrupted.py")
 
@@ -39,7 +38,7 @@ def test_no_process_is_left_behind(tmp_path, number, whole_group, raised, code):
     run_dir.mkdir()
     short = Path("/tmp") / f"t{mark[:6]}"  # the temporary folder must be short for Ray's sockets
     short.mkdir()
-    environment = test_environment(TEST_MARK=mark, TMPDIR=str(short), XDG_STATE_HOME=str(temporary))
+    environment = clean_environment(TEST_MARK=mark, TMPDIR=str(short), XDG_STATE_HOME=str(temporary))
     process = subprocess.Popen(
         private_network_command(python(SCENARIO, str(run_dir))),
         env=environment,
@@ -49,7 +48,7 @@ def test_no_process_is_left_behind(tmp_path, number, whole_group, raised, code):
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while len(list(run_dir.glob("started-*"))) < 2:
             assert process.poll() is None, "it ended by itself"
             assert time.monotonic() < deadline, "the workers did not start"

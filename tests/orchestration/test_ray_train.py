@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from namespaces import clean_environment, in_private_network, python
 
 from coe_dist.config import parse_config
 from coe_dist.errors import InputError
 from coe_dist.orchestration.ray_train import check_workers, run_under_ray
 from coe_dist.orchestration.resources import usable_cores
 from coe_dist.training.job import Job
-from tests.namespaces import in_private_network, python, test_environment
 
 SCENARIO = Path(__file__).with_name("scenario_session.py")
 
@@ -21,7 +21,7 @@ def found(tmp_path_factory):
     """All runs of one session: Ray takes seconds to start, so they share one."""
     folder = tmp_path_factory.mktemp("session")
     done = in_private_network(
-        python(SCENARIO), cwd=folder, env=test_environment(XDG_STATE_HOME=str(folder / "state")), timeout=280
+        python(SCENARIO), cwd=folder, env=clean_environment(XDG_STATE_HOME=str(folder / "state")), timeout=540
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {**json.loads(done.stderr.strip().splitlines()[-1]), "folder": folder}
@@ -52,10 +52,6 @@ def test_first_failure_is_named_and_traceback_kept(found):
     account = (found["folder"] / "break" / "error.txt").read_text()
     assert "==== rank 1 ====" in account
     assert "in break_on_rank_1" in account
-
-
-def test_workers_own_line_is_passed_on(found):
-    assert found["diverge"] == {"error": "TrainingError", "message": "step 7: the loss is not finite"}
 
 
 def test_bad_input_surfaces_as_such_without_using_up_restarts(found):

@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from tests.namespaces import python, test_environment, two_networks
+from namespaces import clean_environment, python, two_networks
 
 SCENARIO = Path(__file__).with_name("scenario_head.py")
 CLIENT = "import sys, ray; print(len(ray._raylet.GcsClient(address=sys.argv[1]).get_all_node_info()), 'node')"
@@ -39,7 +38,7 @@ def test_only_the_token_opens_a_session_to_another_machine(networks, tmp_path):
     state, announcement = tmp_path / "state", tmp_path / "address"
     head = subprocess.Popen(
         networks.command(0, python(SCENARIO, networks.addresses[0], str(announcement))),
-        env=test_environment(XDG_STATE_HOME=str(state)),
+        env=clean_environment(XDG_STATE_HOME=str(state)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -55,7 +54,7 @@ def test_only_the_token_opens_a_session_to_another_machine(networks, tmp_path):
 
         def ask(number, code, **environment):
             command = networks.command(number, [sys.executable, "-c", code, address])
-            full = test_environment(HOME=str(tmp_path), **environment)
+            full = clean_environment(HOME=str(tmp_path), **environment)
             return subprocess.run(command, env=full, capture_output=True, text=True, timeout=90, check=False)
 
         with_token = ask(1, CLIENT, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))

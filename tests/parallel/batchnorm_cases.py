@@ -17,7 +17,9 @@ CHANNELS = 4
 def network() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return nn.Sequential(nn.Conv2d(2, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.Conv2d(CHANNELS, 2, 1)).double()
+        return nn.Sequential(
+            nn.Conv2d(2, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.Conv2d(CHANNELS, 2, 1)
+        ).double()
 
 
 def compare_group(world: Group, sizes: list[int]) -> None:

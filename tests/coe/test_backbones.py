@@ -1,0 +1,188 @@
+"""Names become networks: shapes, seeds, normalisation, MACs and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from coe_dist.coe.backbones import Normalise, build_classifier, build_delegator, classifier_with_macs
+from coe_dist.coe.macs import count_macs
+
+
+def arguments(channels: int = 1, classes: int = 10, seed: int = 0) -> dict[str, Any]:
+    return {"channels": channels, "classes": classes, "mean": [0.4] * channels, "std": [0.3] * channels, "seed": seed}
+
+
+def images(count: int, channels: int, side: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8, generator=generator)
+
+
+NETWORKS = [
+    ("small_cnn", {}, 1, 28),
+    ("small_cnn", {"width": 0.3, "depth": 3}, 3, 8),
+    ("small_cnn", {"width": 2}, 2, 33),
+    ("timm/tinynet_e", {}, 3, 64),
+    ("mobilenetv3_small_050", {"drop_rate": 0.2}, 1, 64),  # has a layer between pooling and classifier
+    ("torchvision/shufflenet_v2_x0_5", {}, 3, 64),
+    ("torchvision/mobilenet_v3_small", {"dropout": 0.1}, 1, 64),  # grey images into three channels
+]
+
+
+@pytest.mark.parametrize(("network", "options", "channels", "side"), NETWORKS)
+def test_shapes_and_gradients(network: str, options: dict[str, Any], channels: int, side: int) -> None:
+    classifier = build_classifier(network, options, **arguments(channels))
+    delegator = build_delegator(network, options, experts=5, **arguments(channels))
+    batch = images(4, channels, side)
+    logits_NC = classifier(batch)
+    class_logits_NC, selection_NE = delegator(batch)
+    assert logits_NC.shape == class_logits_NC.shape == (4, 10)
+    assert selection_NE.shape == (4, 5)
+    logits_NC.sum().backward()
+    assert all(parameter.grad is not None for parameter in classifier.parameters())
+    (class_logits_NC.sum() + selection_NE.sum()).backward()
+    assert all(parameter.grad is not None for parameter in delegator.parameters())
+
+
+@pytest.mark.parametrize("network", ["small_cnn", "tinynet_e", "torchvision/shufflenet_v2_x0_5"])
+def test_weights_are_a_function_of_the_seed(network: str) -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        return build_delegator(network, {}, experts=3, **arguments(3, seed=seed)).state_dict()
+
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = weights(2**62)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    again, other = weights(2**62), weights(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    matrices = [name for name in first if first[name].dim() > 1 and not name.startswith("normalise.")]
+    assert matrices
+    assert not any(torch.equal(first[name], other[name]) for name in matrices)
+
+
+def test_state_dict_names_are_stable() -> None:
+    names = [
+        *("normalise.mean", "normalise.std"),
+        *(
+            f"trunk.{place}.{layer}"
+            for place in ("stages.0.0", "stages.1.0", "stages.2.0", "widen")
+            for layer in LAYERS
+        ),
+        *("class_head.weight", "class_head.bias"),
+    ]
+    assert list(build_classifier("small_cnn", {}, **arguments()).state_dict()) == names
+    names += ["selection_head.weight", "selection_head.bias"]
+    assert list(build_delegator("small_cnn", {}, experts=3, **arguments()).state_dict()) == names
+
+
+LAYERS = [
+    "conv.weight",
+    *(f"norm.{part}" for part in ("weight", "bias", "running_mean", "running_var")),
+    "norm.num_batches_tracked",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_are_normalised_inside(dtype: torch.dtype) -> None:
+    normalise = Normalise(2, [0.5, 0.25], [0.5, 0.1]).to(dtype)
+    batch = images(3, 2, 4)
+    expected = torch.stack([(batch[:, 0] / 255.0 - 0.5) / 0.5, (batch[:, 1] / 255.0 - 0.25) / 0.1], 1).to(dtype)
+    torch.testing.assert_close(normalise(batch), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(normalise(batch), normalise(batch.float()))
+    classifier = build_classifier("small_cnn", {}, **arguments(2)).to(dtype)
+    assert classifier(batch.repeat(1, 1, 3, 3)).dtype == dtype
+
+
+def test_selection_starts_without_preference_but_not_tied() -> None:
+    delegator = build_delegator("small_cnn", {"width": 0.385}, experts=8, **arguments()).eval()
+    _, selection_NE = delegator(images(64, 1, 28))
+    spread_N = selection_NE.max(1).values - selection_NE.min(1).values
+    assert float(spread_N.detach().min()) > 1e-5  # far above the transportation's unit, 2^-20
+    assert float(torch.softmax(selection_NE.detach(), 1).max()) < 0.2
+
+
+def test_small_cnn_reaches_the_sizes_of_the_default_configuration() -> None:
+    expert = build_classifier("small_cnn", {"width": 1.0}, **arguments())
+    assert count_macs(expert, channels=1, resolution=28) == pytest.approx(240e3, rel=0.02)
+    delegator = build_delegator("small_cnn", {"width": 0.385}, experts=4, **arguments())
+    assert count_macs(delegator, channels=1, resolution=28) == pytest.approx(42e3, rel=0.02)
+
+
+@pytest.mark.parametrize("target", [60_000, 282_000, 282_500, 1_000_000])
+@pytest.mark.parametrize("options", [{}, {"depth": 2, "width": 9.0}])
+def test_a_classifier_of_given_macs(target: int, options: dict[str, Any]) -> None:
+    shape = {"channels": 1, "resolution": 28}
+    found = classifier_with_macs("small_cnn", options, classes=10, target_macs=target, **shape)
+    assert found == {**options, "width": found["width"]}
+
+    def distance(width: float) -> float:
+        network = build_classifier("small_cnn", {**options, "width": width}, **arguments())
+        return abs(count_macs(network, **shape) - target)
+
+    assert distance(found["width"]) <= 0.05 * target
+    nearby = [found["width"] * (1 + step / 200) for step in range(-20, 21)]
+    assert distance(found["width"]) <= min(map(distance, nearby))
+
+
+@pytest.mark.parametrize(
+    ("network", "target", "field"),
+    [("small_cnn", 100, "target_macs"), ("small_cnn", 1e12, "target_macs"), ("tinynet_e", 1e6, "network")],
+)
+def test_macs_out_of_reach(network: str, target: float, field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        classifier_with_macs(network, {}, channels=1, classes=10, resolution=28, target_macs=target)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        ("smal_cnn", {}, r"^network: 'smal_cnn' is not allowed.* small_cnn"),
+        ("timm/tinynet_f", {}, r"^network: 'timm/tinynet_f' is not allowed.* tinynet_e"),
+        ("torchvision/resnet19", {}, r"^network: 'torchvision/resnet19' .* torchvision/resnet18"),
+        ("torchvision/squeezenet1_0", {}, r"^network: .* does not end in a linear layer"),
+        ("torchvision/fcn_resnet50", {}, r"^network: 'torchvision/fcn_resnet50' is not allowed"),
+        ("hf-hub:timm/tinynet_e.in1k", {}, r"^network: 'hf-hub:timm/tinynet_e\.in1k' is not allowed"),
+        ("tinynet_e.in1k", {}, r"^network: 'tinynet_e\.in1k' is not allowed.* tinynet_e"),
+        ("small_cnn", {"widht": 1}, r"^options\.widht: unknown; small_cnn has width, depth$"),
+        ("small_cnn", {"width": 0}, r"^options\.width: 0 is not allowed"),
+        ("small_cnn", {"width": "wide"}, r"^options\.width: 'wide' is not allowed"),
+        ("small_cnn", {"width": float("nan")}, r"^options\.width: nan is not allowed"),
+        ("small_cnn", {"depth": 1.5}, r"^options\.depth: 1\.5 is not allowed"),
+        ("tinynet_e", {"widht": 1}, r"^options\.widht: unknown; tinynet_e has no such option$"),
+        ("tinynet_e", {"act_layer": "nope"}, r"^options: .*act_layer.*nope"),
+        ("tinynet_e", {"pretrained": True}, r"^options\.pretrained: not allowed"),
+        ("torchvision/resnet18", {"weights": "DEFAULT"}, r"^options\.weights: not allowed"),
+        ("torchvision/resnet18", {"widht": 1}, r"^options\.widht: unknown"),
+    ],
+)
+def test_refused(network: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build_classifier(network, options, **arguments(3))
+    assert "\n" not in str(caught.value)
+
+
+def test_channels_and_means_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"^network: .* for 2 channels"):
+        build_classifier("torchvision/resnet18", {}, **arguments(2))
+    with pytest.raises(ValueError, match=r"^mean: 1 values"):
+        build_classifier("small_cnn", {}, **{**arguments(3), "mean": [0.5]})
+    with pytest.raises(ValueError, match=r"^std: 0 "):
+        build_classifier("small_cnn", {}, **{**arguments(1), "std": [0]})
+
+
+def test_deep_networks_are_residual() -> None:
+    network = build_classifier("small_cnn", {"depth": 4}, **arguments()).eval()
+    batch = images(2, 1, 28)
+    before = network(batch)
+    for place in ("stages.0.2", "stages.1.1", "stages.2.3"):
+        nn.init.zeros_(network.trunk.get_submodule(place).norm.weight)  # such a block passes its input on
+    skipped = network(batch)
+    assert not torch.equal(before, skipped)
+    for stage, block in ((0, 2), (1, 1), (2, 3)):
+        stages = network.trunk.stages
+        stages[stage] = nn.Sequential(*(layer for index, layer in enumerate(stages[stage]) if index != block))
+    torch.testing.assert_close(network(batch), skipped)
