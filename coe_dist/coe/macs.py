@@ -26,7 +26,7 @@ def count_macs(module: nn.Module, *, channels: int, resolution: int) -> int:
             module(image_1CHW)
     finally:
         for part, training in flags:
-            part.training = training  # not .train(): that would set a whole subtree
+            part.training = training  # not .train(), which acts on the whole subtree
     return int(counter.get_total_flops()) // 2
 
 

@@ -85,7 +85,8 @@ def destinations(experts_Nk: np.ndarray, source_N: np.ndarray, placement: Expert
             room[rank] -= len(local)
         placed[placed < 0] = np.repeat(list(room), list(room.values()))
         dest_P[pairs] = placed
-    return dest_P.reshape(*experts_Nk.shape)
+    result: np.ndarray = dest_P.reshape(experts_Nk.shape)
+    return result
 
 
 def plan_exchange(experts_Nk: torch.Tensor, sizes: list[int], placement: ExpertPlacement, rank: int) -> ExchangePlan:
@@ -230,7 +231,7 @@ def combine(plan: ExchangePlan, values: dict[int, torch.Tensor], world: Group) -
     def wait() -> torch.Tensor:
         with world.naming_failures("combine"):
             if work is not None:
-            work.wait()
+                work.wait()
         for other, part in enumerate(torch.split(incoming, own_sizes)):
             if other != plan.rank:
                 values_Bk[plan.send_pairs[other].to(template.device)] = part

@@ -135,7 +135,7 @@ def summarise(
     """
     images, experts = len(records.ids_N), records.experts_NE.shape[1]
     macs_N = torch.tensor(expert_macs, dtype=torch.float64)[records.selected_N]
-    exits_N = records.confidence_N >= (float("inf") if threshold is None else threshold)
+    exits_N = early_exit.exits(records.confidence_N, threshold)
     right_N = torch.where(exits_N, records.delegator_N, records.final_N)
     load = torch.bincount(records.selected_N, minlength=experts)
     chosen_right = records.experts_NE.gather(1, records.selected_N[:, None])[:, 0]

@@ -85,7 +85,7 @@ def test_float32_confidences_decide_alike_in_calibration_and_inference() -> None
     exit_rate = float(early_exit.exits(confidence_N, threshold).double().mean())
     assert exit_rate == curve(confidence_N, macs_N > 0, macs_N > 0, macs_N, 40, [threshold])[0].exit_rate
     assert exit_rate == pytest.approx(0.4, abs=0.01)
-    # the float32 nearest to 0.9 lies below it: compared in float64 such an image has not reached 0.9, here and in the curve
+    # the float32 nearest to 0.9 lies below it: compared in float64 such an image has not reached 0.9, in both places
     assert not early_exit.exits(torch.tensor([0.9]), 0.9).any()
     assert curve(torch.tensor([0.9]), [1], [1], [240], 40, [0.9])[0].exit_rate == 0.0
     assert not early_exit.exits(torch.ones(3), None).any()
