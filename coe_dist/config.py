@@ -18,22 +18,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from coe_dist.errors import InputError
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, and unknown keys are errors."""
+    """Base of all sections: immutable, unknown keys are errors, and nothing is converted (true is not 1, "3" not 3)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class NetworkConfig(Section):
     """A network by registry name. `options` go to its constructor (see coe/backbones.py)."""
 
     network: str = "small_cnn"
-    options: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
+    options: dict[str, int | Finite | str | bool | list[int]] = Field(default_factory=dict)
 
 
 class ExpertsConfig(NetworkConfig):
@@ -241,16 +242,22 @@ def _refused(field: str, value: object, allowed: str) -> _RefusedError:
 def describe(error: ValidationError) -> str:
     """One line for the first problem pydantic found: field, value, what is allowed."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or "configuration"
-    context, kind, value = first.get("ctx", {}), first["type"], first["input"]
+    location, kind, value = first["loc"], first["type"], first["input"]
+    context = first.get("ctx", {})
+    if location[-1:] == ("[key]",) or kind == "invalid_key":
+        where = ".".join(map(str, location[:-2])) or "configuration"
+        return f"{where}: key {value!r} is not allowed; give text as keys"
+    if "options" in location:
+        location = location[: location.index("options") + 2]  # what follows names a member of the union of types
+    field = ".".join(map(str, location)) or "configuration"
     if kind == "value_error":
         cause = context.get("error")
         return str(cause) if isinstance(cause, _RefusedError) else f"{field}: {cause}"
     if kind == "extra_forbidden":
-        return f"{field}: unknown key; allowed here: {', '.join(_allowed_keys(first['loc']))}"
+        return f"{field}: unknown key; allowed here: {', '.join(_allowed_keys(location))}"
     if kind == "missing":
         return f"{field}: missing; it must be given"
-    return f"{field}: {value!r} is not allowed; give {_allowed(first['loc'], kind, context, first['msg'])}"
+    return f"{field}: {value!r} is not allowed; give {_allowed(location, kind, context, first['msg'])}"
 
 
 def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -267,10 +274,14 @@ def _allowed(location: tuple[int | str, ...], kind: str, context: dict[str, Any]
         return str(context["expected"]).replace("'", "")
     if kind == "string_pattern_mismatch":
         return "up to 100 letters, digits, '.', '_' or '-', starting with a letter or digit"
+    if "options" in location[:-1]:
+        return "a finite number, text, true or false, or a list of whole numbers"
+    if kind in ("dict_type", "model_type"):
+        return "a mapping of keys"
     bounds, whole = _bounds(location)
     if bounds:
         return f"{'a whole number' if whole else 'a number'} {bounds}"
-    return message[0].lower() + message[1:].replace("Input should be ", "")
+    return {"string_type": "text", "bool_type": "true or false"}.get(kind, message.removeprefix("Input should be "))
 
 
 def _bounds(location: tuple[int | str, ...]) -> tuple[str, bool]:

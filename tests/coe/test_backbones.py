@@ -11,6 +11,8 @@ from torch import nn
 from coe_dist.coe.backbones import Normalise, build_classifier, build_delegator, classifier_with_macs
 from coe_dist.coe.macs import count_macs
 
+torch.set_num_threads(1)  # many tiny operations: on a busy machine threads only wait for each other
+
 
 def arguments(channels: int = 1, classes: int = 10, seed: int = 0) -> dict[str, Any]:
     return {"channels": channels, "classes": classes, "mean": [0.4] * channels, "std": [0.3] * channels, "seed": seed}
@@ -88,10 +90,12 @@ LAYERS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_images_are_normalised_inside(dtype: torch.dtype) -> None:
-    normalise = Normalise(2, [0.5, 0.25], [0.5, 0.1]).to(dtype)
+    normalise = Normalise(2, [0.5, 0.25], [0.5, 0.125]).to(dtype)  # exact in float32
     batch = images(3, 2, 4)
-    expected = torch.stack([(batch[:, 0] / 255.0 - 0.5) / 0.5, (batch[:, 1] / 255.0 - 0.25) / 0.1], 1).to(dtype)
-    torch.testing.assert_close(normalise(batch), expected, rtol=1e-5, atol=1e-5)
+    exact = batch.double() / 255
+    expected = torch.stack([(exact[:, 0] - 0.5) / 0.5, (exact[:, 1] - 0.25) / 0.125], 1).to(dtype)
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(normalise(batch), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(normalise(batch), normalise(batch.float()))
     classifier = build_classifier("small_cnn", {}, **arguments(2)).to(dtype)
     assert classifier(batch.repeat(1, 1, 3, 3)).dtype == dtype
@@ -112,7 +116,7 @@ def test_small_cnn_reaches_the_sizes_of_the_default_configuration() -> None:
     assert count_macs(delegator, channels=1, resolution=28) == pytest.approx(42e3, rel=0.02)
 
 
-@pytest.mark.parametrize("target", [60_000, 282_000, 282_500, 1_000_000])
+@pytest.mark.parametrize("target", [60_000, 282_000])
 @pytest.mark.parametrize("options", [{}, {"depth": 2, "width": 9.0}])
 def test_a_classifier_of_given_macs(target: int, options: dict[str, Any]) -> None:
     shape = {"channels": 1, "resolution": 28}
