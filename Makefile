@@ -1,7 +1,7 @@
 # make demo   sets this machine up, then trains the demonstration (about ten minutes on two cores)
 # make test   sets this machine up, then runs the tests
 COE = .venv/bin/coe-dist
-PYTEST = .venv/bin/python -m pytest
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
 .PHONY: demo test test-full lint setup setup-dev
 

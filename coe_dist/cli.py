@@ -194,5 +194,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if os.environ.get("COE_DIST_DEBUG"):
         raise
-    print(f"coe-dist: {message}", file=sys.stderr)
+    if message:  # a bare `coe-dist` has printed its help already
+        print(f"coe-dist: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -91,7 +91,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     batchnorm: Literal["local", "group"] = "local"
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=2)] = 0
     non_finite: Literal["stop", "skip"] = "stop"  # what a non-finite loss or gradient does
     timeout_seconds: Annotated[float, Field(ge=5, le=86_400)] = 600.0  # of every collective
     evaluate_every: Annotated[int, Field(ge=1)] = 1  # epochs
@@ -177,6 +177,12 @@ class RunConfig(Section):
                 "early_exit.threshold",
                 self.early_exit.threshold,
                 "early_exit.macs_budget is given too; give only one of them",
+            )
+        if self.router.scope == "local" and self.router.where != "replicated":
+            raise _refused(
+                "router.where",
+                self.router.where,
+                "router.scope: local solves on every rank; give replicated",
             )
         if self.training.engine == "torch" and self.training.zero_stage != 0:
             raise _refused("training.zero_stage", self.training.zero_stage, "engine: torch knows only stage 0")

@@ -31,6 +31,7 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
     if address is None:
         check_workers(config)
     check_run(config)
+    check_folder(config, overwrite=overwrite)
     with session_for(config, address) as session:
         return train_in(session, config, overwrite=overwrite)
 
@@ -39,8 +40,8 @@ def train_in(
     session: RaySession, config: RunConfig, *, network: NetworkConfig | None = None, overwrite: bool = False
 ) -> Path:
     """One training in an open Ray session; `network` trains that single network instead of the collaboration."""
+    from coe_dist.orchestration.router_actor import run_worker_with_actor
     from coe_dist.training.job import Job
-    from coe_dist.training.worker import run_worker
 
     run_dir = prepare_folder(config, overwrite=overwrite)
     tags = {"kind": "baseline" if network else "collaboration", "host": platform.node(), **_revision()}
@@ -62,7 +63,7 @@ def train_in(
     status: tracking.Status = "FAILED"
     display.start()
     try:
-        run_under_ray(run_worker, job, session=session)
+        run_under_ray(run_worker_with_actor, job, session=session)
         status = "FINISHED"
     except BaseException as error:
         status = (
@@ -86,25 +87,41 @@ def train_in(
     return run_dir
 
 
-def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
-    """Creates the run folder, or checks that an existing one may be resumed with this configuration."""
+def check_folder(config: RunConfig, *, overwrite: bool) -> None:
+    """Raises InputError when an existing run folder must not be replaced, or not be resumed with this configuration.
+
+    Changes nothing.
+    """
     run_dir = config.run_dir
     stored = run_dir / "config.yaml"
-    if overwrite and run_dir.exists():
-        if not stored.is_file():
-            raise InputError(f"{run_dir}: it is not a run folder (no config.yaml), so --overwrite leaves it alone")
-        shutil.rmtree(run_dir)
-    if stored.is_file():
-        before = load_run_config(run_dir)
-        changed = sorted(_differences(before.model_dump(mode="json"), config.model_dump(mode="json")))
-        refused = [key for key in changed if key not in RESUMABLE and key.split(".")[0] not in RESUMABLE_SECTIONS]
-        if refused:
-            raise InputError(
-                f"{refused[0]}: it differs from the run in {run_dir}, which would be resumed; "
-                "give the same value, another name, or --overwrite to start anew"
-            )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    stored.write_text(config.to_yaml())
+    if overwrite and run_dir.exists() and not stored.is_file():
+        raise InputError(f"{run_dir}: it is not a run folder (no config.yaml), so --overwrite leaves it alone")
+    if overwrite or not stored.is_file():
+        return
+    before = load_run_config(run_dir).model_dump(mode="json")
+    changed = sorted(_differences(before, config.model_dump(mode="json")))
+    refused = [key for key in changed if key not in RESUMABLE and key.split(".")[0] not in RESUMABLE_SECTIONS]
+    if refused:
+        raise InputError(
+            f"{refused[0]}: {_at(config.model_dump(mode='json'), refused[0])} is not allowed; the run in {run_dir}, "
+            f"which would be resumed, has {_at(before, refused[0])}; give that, another name, or --overwrite"
+        )
+
+
+def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
+    """Creates the run folder, or makes an existing one ready to be resumed; refuses what check_folder refuses."""
+    check_folder(config, overwrite=overwrite)
+    run_dir = config.run_dir
+    stored = run_dir / "config.yaml"
+    try:
+        if overwrite and run_dir.exists():
+            shutil.rmtree(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = stored.with_name(".config.yaml.partial")
+        temporary.write_text(config.to_yaml())
+        temporary.replace(stored)
+    except OSError as error:
+        raise InputError(f"runs_dir: {config.runs_dir} is not allowed; {run_dir}: {error.strerror}") from error
     return run_dir
 
 
@@ -131,18 +148,26 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a run's newest checkpoint on the workers of its configuration; returns evaluation-<split>.json's
     content."""
-    from coe_dist.training.checks import check_budget, check_run
-    from coe_dist.training.job import Job
-    from coe_dist.training.worker import run_worker
-
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
+    from coe_dist.coe.early_exit import NO_EXIT
+    from coe_dist.training.checkpoint import complete_saves
+    from coe_dist.training.checks import check_budget, check_run
+    from coe_dist.training.job import Job
+
     if macs_budget is not None and threshold is not None:
         raise InputError(f"--threshold: {threshold} is not allowed; --macs-budget is given too, give only one of them")
+    if threshold is not None and not 0 <= threshold <= NO_EXIT:
+        raise InputError(
+            f"--threshold: {threshold} is not allowed; give a number from 0 to 1, or {NO_EXIT:g} for no early exit"
+        )
     builder = check_run(config)
     check_budget("--macs-budget", macs_budget, *builder.collaboration_macs())
-    if not (run_dir / "checkpoints" / "latest").is_file():
+    saves = complete_saves(run_dir / "checkpoints")
+    if not saves:
         raise InputError(f"{run_dir}: it holds no checkpoint to evaluate")
+    if not (saves[0] / "delegator.safetensors").is_file():
+        raise InputError(f"{run_dir}: it is the run of a single network; give the run of a collaboration")
     job = Job(
         task="evaluate",
         config=config,
@@ -151,6 +176,8 @@ def evaluate(
         macs_budget=macs_budget,
         threshold=threshold,
     )
+    from coe_dist.training.worker import run_worker  # imports FFCV: seconds, which a refusal should not take
+
     run_under_ray(run_worker, job, address=address)
     result: dict[str, Any] = json.loads((run_dir / f"evaluation-{split}.json").read_text())
     return result
@@ -165,6 +192,12 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
         elif old != new and name not in ("name", "runs_dir"):
             found.add(name)
     return found
+
+
+def _at(content: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        content = content[part]
+    return content
 
 
 def _revision() -> dict[str, str]:

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from coe_dist.coe.macs import exit_rate_for_budget
 from coe_dist.config import RunConfig
 from coe_dist.data.sidecar import SPLITS, SplitInfo, read_sidecar
 from coe_dist.errors import InputError
 from coe_dist.training.networks import NetworkBuilder
 
+# FFCV's layout: a header, one description a field, then one row a sample (of our two fields: image, label).
+# Read by hand, because importing FFCV takes seconds and a refusal should not.
+_HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
+_FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+_ROW = np.dtype({"names": ["label"], "formats": ["<i8"], "offsets": [16], "itemsize": 24})
+_FIELDS = [(2, b"image"), (1, b"label")]  # FFCV's numbers for an image and an integer
+
 
 def check_run(config: RunConfig) -> NetworkBuilder:
-    """Reads the side-cars and builds each kind of network once. Raises InputError naming the field or file."""
-    infos = {split: read_sidecar(Path(config.data.folder) / f"{split}.beton") for split in SPLITS}
+    """Reads side-cars and labels, and builds each kind of network once. Raises InputError naming the field or file."""
+    folder = Path(config.data.folder)
+    infos = {split: read_sidecar(folder / f"{split}.beton") for split in SPLITS}
     train = infos["train"]
     for split, info in infos.items():
         check_classes(split, info, train)
+        check_labels(folder / f"{split}.beton", info)
     if config.training.global_batch > (count := min(train.count, config.data.limit or train.count)):
         raise InputError(
             f"training.global_batch: {config.training.global_batch} is not allowed; "
@@ -28,7 +40,40 @@ def check_run(config: RunConfig) -> NetworkBuilder:
     return builder
 
 
+def stored_labels(beton: Path) -> npt.NDArray[np.int64]:
+    """The label of every image of a .beton, int64 [images]. Raises InputError for a file with other fields."""
+    header = np.fromfile(beton, _HEADER, count=1)[0]
+    fields = np.fromfile(beton, _FIELD, count=int(header["fields"]), offset=_HEADER.itemsize)
+    if fields[["type", "name"]].tolist() != _FIELDS:
+        raise InputError(f"{beton}: its fields are not image and label; `coe-dist data write` makes such a file")
+    rows = np.fromfile(beton, _ROW, count=int(header["samples"]), offset=_HEADER.itemsize + fields.nbytes)
+    labels_N: npt.NDArray[np.int64] = rows["label"].astype(np.int64)
+    return labels_N
+
+
+def check_labels(beton: Path, info: SplitInfo) -> None:
+    """Every label must be one of the classes of the side-car, and as often as it says."""
+    labels_N, classes = stored_labels(beton), len(info.classes)
+    outside = (labels_N < 0) | (labels_N >= classes)
+    if outside.any():
+        position = int(outside.argmax())
+        raise InputError(
+            f"{beton}: label {labels_N[position]} of image {position} is not allowed; "
+            f"the side-car names {classes} classes, give 0 to {classes - 1}"
+        )
+    if (counts := tuple(np.bincount(labels_N, minlength=classes).tolist())) != info.counts_per_class:
+        raise InputError(
+            f"{beton}: its images per class are {list(counts)}, the side-car says {list(info.counts_per_class)}; "
+            "write the data set again"
+        )
+
+
 def check_classes(split: str, info: SplitInfo, train: SplitInfo) -> None:
+    if info.channels != train.channels:
+        raise InputError(
+            f"{split}.beton: its images have {info.channels} channels, those of train.beton {train.channels}; "
+            "write both from one source"
+        )
     if info.classes == train.classes:
         return
     missing, extra = sorted(set(train.classes) - set(info.classes)), sorted(set(info.classes) - set(train.classes))

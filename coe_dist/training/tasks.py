@@ -11,7 +11,9 @@ import torch
 
 from coe_dist.config import RunConfig
 from coe_dist.parallel.groups import Groups
+from coe_dist.parallel.process_solver import OpenChannel, ProcessSolver
 from coe_dist.parallel.router import Router
+from coe_dist.parallel.router_process import ChildChannel
 from coe_dist.parallel.solvers import LocalSolver, Problems, RankZeroSolver, ReplicatedSolver, Solver
 from coe_dist.seeds import derive_seed
 from coe_dist.training import evaluation
@@ -32,6 +34,9 @@ class Task(Protocol):
     experts_per_sample: int
 
     def engines(self) -> list[NetworkEngine]: ...
+    def close(self) -> None:
+        """Ends what the task started (a router process)."""
+
     def set_learning_rate(self, factor: float) -> None: ...
     def metrics(self, sums: StepSums) -> dict[str, float]:
         """Means over all ranks since the last report. Collective."""
@@ -43,18 +48,29 @@ class Task(Protocol):
         """Calibrates on validation, reports on test, writes the result files. Collective."""
 
 
-def build_task(job: Job, builder: NetworkBuilder, groups: Groups, device: torch.device) -> Task:
+def build_task(
+    job: Job,
+    builder: NetworkBuilder,
+    groups: Groups,
+    device: torch.device,
+    open_channel: OpenChannel = ChildChannel,
+) -> Task:
+    """`open_channel` starts the router process where the configuration asks for one."""
     if job.network is not None:
         return SingleTask(job, builder, groups, device)
-    return CollaborationTask(job, builder, groups, device)
+    return CollaborationTask(job, builder, groups, device, open_channel)
 
 
-def build_solver(config: RunConfig, groups: Groups) -> Solver:
+def build_solver(job: Job, groups: Groups, open_channel: OpenChannel) -> Solver:
+    config = job.config
     problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
     if config.router.scope == "local":
         return LocalSolver(problems, groups.world, groups.rank)
     if config.router.where == "rank0":
         return RankZeroSolver(problems, groups.world, groups.rank)
+    if config.router.where == "process" and job.task != "evaluate":  # evaluation routes nothing
+        channel = open_channel(problems) if groups.rank == 0 else None
+        return ProcessSolver(channel, groups.world, timeout_seconds=config.training.timeout_seconds)
     return ReplicatedSolver(problems)
 
 
@@ -69,15 +85,23 @@ def reduced(sums: StepSums, names: tuple[str, ...], groups: Groups, device: torc
 
 
 class CollaborationTask:
-    def __init__(self, job: Job, builder: NetworkBuilder, groups: Groups, device: torch.device) -> None:
+    def __init__(
+        self,
+        job: Job,
+        builder: NetworkBuilder,
+        groups: Groups,
+        device: torch.device,
+        open_channel: OpenChannel = ChildChannel,
+    ) -> None:
         config = job.config
         self.config, self.builder, self.groups, self.device = config, builder, groups, device
         self.run_dir = Path(job.run_dir)
         self.experts, self.experts_per_sample = config.experts.count, config.experts_per_sample
+        self.solver = build_solver(job, groups, open_channel)  # first: a router process starts while engines are built
         self.delegator, self.hosted = collaboration_engines(config, builder, groups, device)
         router = Router(
             groups,
-            build_solver(config, groups),
+            self.solver,
             experts=config.experts.count,
             per_sample=config.experts_per_sample,
             generalist_weight=config.router.generalist_weight,
@@ -105,6 +129,9 @@ class CollaborationTask:
 
     def engines(self) -> list[NetworkEngine]:
         return [self.delegator, *(self.hosted[expert] for expert in sorted(self.hosted))]
+
+    def close(self) -> None:
+        self.solver.close()
 
     def set_learning_rate(self, factor: float) -> None:
         optimizer = self.config.training.optimizer
@@ -219,6 +246,9 @@ class SingleTask:
 
     def engines(self) -> list[NetworkEngine]:
         return [self.engine]
+
+    def close(self) -> None:
+        pass
 
     def set_learning_rate(self, factor: float) -> None:
         self.engine.set_learning_rate(factor * self.learning_rate)

@@ -17,10 +17,13 @@ import torch
 import torch.distributed as dist
 
 from coe_dist import tracking
+from coe_dist.coe.warm_up import warm_up
 from coe_dist.config import RunConfig, load_config
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import EXIT_BAD_INPUT, InputError
 from coe_dist.parallel.groups import create_groups
+from coe_dist.parallel.process_solver import OpenChannel
+from coe_dist.parallel.router_process import ChildChannel
 from coe_dist.training import checkpoint
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.job import Job
@@ -29,24 +32,32 @@ from coe_dist.training.networks import NetworkBuilder
 from coe_dist.training.tasks import CollaborationTask, Task, build_task
 
 
-def run_worker(job: Job) -> None:
-    """Trains, or evaluates, as `job` says. Collective: every process of the group calls it with the same job."""
+def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> None:
+    """Trains, or evaluates, as `job` says. Collective: every process of the group calls it with the same job.
+
+    `open_channel` starts the router process on rank 0 where the configuration asks for one (router.where: process).
+    """
     config = job.config
     device = _device(config)
     torch.set_num_threads(config.workers.threads)
+    if job.task == "train":
+        warm_up()  # now, while no other rank waits for this one in a collective
     _join_process_group(config, device)
     groups = create_groups(config.experts.count, timeout_seconds=config.training.timeout_seconds)
     builder = NetworkBuilder(config, read_sidecar(Path(config.data.folder) / "train.beton"))
     data = Data(config, groups, device)
     try:
-        task = build_task(job, builder, groups, device)
-        position = _resume(job, task)
-        torch.set_num_threads(config.workers.threads)  # FFCV and DeepSpeed change it
-        if job.task == "evaluate":
-            assert isinstance(task, CollaborationTask)
-            _evaluate(job, task, data)
-        else:
-            _train(job, task, data, position)
+        task = build_task(job, builder, groups, device, open_channel)
+        try:
+            position = _resume(job, task)
+            torch.set_num_threads(config.workers.threads)  # FFCV and DeepSpeed change it
+            if job.task == "evaluate":
+                assert isinstance(task, CollaborationTask)
+                _evaluate(job, task, data)
+            else:
+                _train(job, task, data, position)
+        finally:
+            task.close()
     finally:
         data.close()
 

@@ -13,8 +13,10 @@ from coe_dist.config import OptimizerConfig, TrainingConfig
 from coe_dist.data.order import share
 from coe_dist.parallel.batchnorm import average_statistics, split_batchnorm
 from coe_dist.parallel.groups import Groups, create_groups
+from coe_dist.parallel.process_solver import ProcessSolver
 from coe_dist.parallel.router import Router, Routing
-from coe_dist.parallel.solvers import LocalSolver, Problems, RankZeroSolver, ReplicatedSolver, Solver
+from coe_dist.parallel.router_process import ChildChannel
+from coe_dist.parallel.solvers import Problems, RankZeroSolver, ReplicatedSolver, Solver
 from coe_dist.training.engines import build_engine
 from coe_dist.training.optim import build_optimizer
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
@@ -38,8 +40,9 @@ def solver_of(case: Case, groups: Groups) -> Solver:
     problems = Problems(case.experts, case.labels, 1.0)
     if case.where == "rank0":
         return RankZeroSolver(problems, groups.world, groups.rank)
-    if case.where == "local":
-        return LocalSolver(problems, groups.world, groups.rank)
+    if case.where == "process":
+        channel = ChildChannel(problems) if groups.rank == 0 else None
+        return ProcessSolver(channel, groups.world, timeout_seconds=60)
     return ReplicatedSolver(problems)
 
 
@@ -128,5 +131,6 @@ def run(folder: Path) -> None:
         groups = by_experts[case.experts]
         expected = torch.load(folder / f"{index}.pt", weights_only=False)
         step = run_case(case, groups, expected if case.replay else None)
+        step.router.solver.close()
         errors.append(largest_error(step, expected))
     (folder / f"errors-{groups.rank}.json").write_text(json.dumps(errors))

@@ -25,7 +25,7 @@ AXES: Axes = {
     "batchnorm": ["local", "group"],
 }
 # these vary with the cases of the covering set only
-EXTRA: Axes = {"labels": ["balanced", "best", "soft"], "where": ["replicated", "rank0"]}
+EXTRA: Axes = {"labels": ["balanced", "best", "soft"], "where": ["replicated", "rank0", "process"]}
 
 
 def allowed(values: Values) -> bool:

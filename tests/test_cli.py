@@ -1,0 +1,245 @@
+"""The command line: help answers at once, and bad input gets one line and exit code 2 before any worker starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_data import IMAGES, small_config, small_data, write_config  # noqa: F401
+
+from coe_dist.config import load_config, parse_config
+from coe_dist.data.sidecar import SPLITS, read_sidecar, write_sidecar
+from coe_dist.errors import InputError
+from coe_dist.orchestration.runs import prepare_folder
+from coe_dist.training.checks import check_labels, check_run, stored_labels
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("train", "demo", "evaluate", "data write", "report", "ui", "doctor", "bench")
+HEAVY = ("torch", "ray", "deepspeed", "mlflow", "ffcv", "timm", "numpy")
+
+
+def cli(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`coe-dist ARGUMENTS` in a process of its own; the last line of stdout lists the heavy modules it imported."""
+    code = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print('imported', *(name for name in {HEAVY} if name in sys.modules)))\n"
+        "from coe_dist.cli import main\n"
+        "sys.argv[0] = 'coe-dist'\n"
+        "main()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False, cwd=cwd
+    )
+
+
+def imported(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+def refused(*arguments: str) -> str:
+    """The one line of a refusal; Ray was not even imported, so no worker can have been started."""
+    done = cli(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "ray" not in imported(done)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("coe-dist: ")
+    return lines[0].removeprefix("coe-dist: ")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_answers_without_heavy_imports(command: str) -> None:
+    done = cli(*command.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert imported(done) == []
+    if command:
+        assert f"Example: coe-dist {command}" in " ".join(done.stdout.split())
+    else:
+        assert all(name.split()[0] in done.stdout for name in COMMANDS)
+
+
+def test_the_list_of_commands_is_complete() -> None:
+    from coe_dist.cli import app, data_app
+
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert sorted(names + [f"data {command.name}" for command in data_app.registered_commands]) == sorted(COMMANDS)
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    done = cli()
+    assert done.returncode == 2
+    assert "Usage" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "config"),
+        (["train", "a.yaml", "--nonsense"], "--nonsense"),
+        (["trian"], "trian"),
+        (["evaluate", "runs", "--split", "train"], "--split"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+        (["evaluate", "tests"], "tests: it is not a run folder (no config.yaml)"),
+        (["bench", "nothing"], "bench: 'nothing' is not allowed"),
+        (["report", "tests"], "tests: not a run folder"),
+        (["ui", "tests"], "tests: no mlflow.db here"),
+        (["data", "write", "--out", "x", "--source", "cifar"], "source: 'cifar' is not allowed; give"),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], words: str) -> None:
+    assert words in refused(*arguments)
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = cli("--debug", "train", "nowhere.yaml")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "InputError: nowhere.yaml" in done.stderr
+
+
+def relabel(folder: Path, split: str, position: int, label: int) -> None:
+    """Changes one label inside a .beton; size and header stay right."""
+    path = folder / f"{split}.beton"
+    with path.open("rb+") as file:
+        file.seek(24 + 2 * 1041 + 24 * position + 16)
+        file.write(struct.pack("<q", label))
+
+
+def damage(kind: str, folder: Path) -> None:
+    if kind == "missing":
+        (folder / "train.beton").unlink()
+    elif kind == "no side-car":
+        (folder / "test.json").unlink()
+    elif kind == "truncated":
+        with (folder / "validation.beton").open("rb+") as file:
+            file.truncate((folder / "validation.beton").stat().st_size // 2)
+    elif kind == "label":
+        relabel(folder, "test", 7, 10)
+    elif kind == "negative label":
+        relabel(folder, "train", 0, -1)
+    elif kind == "other label":
+        labels = stored_labels(folder / "train.beton")
+        relabel(folder, "train", 5, (int(labels[5]) + 1) % 10)
+    elif kind == "classes":
+        info = read_sidecar(folder / "validation.beton")
+        classes = tuple("Boot" if name == "Ankle boot" else name for name in info.classes)
+        write_sidecar(folder / "validation.beton", info.model_copy(update={"classes": classes}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "train.beton: no such file; `coe-dist data write` makes it"),
+        ("no side-car", "test.json: missing"),
+        ("truncated", "damaged, write it again"),
+        (
+            "label",
+            "test.beton: label 10 of image 7 is not allowed; the side-car names 10 classes, give 0 to 9",
+        ),
+        ("negative label", "train.beton: label -1 of image 0 is not allowed"),
+        ("other label", "train.beton: its images per class are"),
+        (
+            "classes",
+            "validation.beton: its classes differ from train.beton's (missing: Ankle boot; not in train: Boot)",
+        ),
+    ],
+)
+def test_damaged_data_is_refused_before_any_worker_starts(
+    kind: str,
+    words: str,
+    small_data: Path,
+    tmp_path: Path,  # noqa: F811
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    damage(kind, data)
+    content = small_config(data, tmp_path / "runs")
+    if kind in ("no side-car", "negative label", "other label"):  # in this process, which is quicker
+        with pytest.raises(InputError) as caught:
+            check_run(parse_config(content))
+        assert words in str(caught.value)
+    else:
+        assert words in refused("train", str(write_config(tmp_path / "run.yaml", content)))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"early_exit": {"macs_budget": 10}}, "early_exit.macs_budget: 10 is not allowed; the delegator alone needs"),
+        ({"workers": {"count": 999}}, "workers.count: 999 is not allowed; this machine has"),
+        ({"training": {"global_batch": 128}}, "training.global_batch: 128 is not allowed; the train split has 101"),
+        ({"delegator": {"network": "small_cn"}}, "delegator.network: 'small_cn' is not allowed"),
+        ({"experts": {"options": {"wdth": 1}}}, "experts.options.wdth"),
+    ],
+)
+def test_a_configuration_that_cannot_run(
+    sections: dict[str, Any],
+    words: str,
+    small_data: Path,
+    tmp_path: Path,  # noqa: F811
+) -> None:
+    config = write_config(tmp_path / "run.yaml", small_config(small_data, tmp_path / "runs", **sections))
+    assert words in refused("train", str(config))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_not_resumed_with_another_configuration_nor_a_foreign_folder_deleted(
+    small_data: Path,
+    tmp_path: Path,  # noqa: F811
+) -> None:
+    runs = tmp_path / "runs"
+    first = write_config(tmp_path / "run.yaml", small_config(small_data, runs))
+    prepare_folder(load_config(first), overwrite=False)
+    stored = (runs / "run" / "config.yaml").read_text()
+    message = refused("train", str(first), "training.global_batch=16", "training.epochs=9")
+    assert message.startswith("training.global_batch: 16 is not allowed; the run in ")
+    assert "which would be resumed, has 32; give that, another name, or --overwrite" in message
+    assert (runs / "run" / "config.yaml").read_text() == stored
+    prepare_folder(load_config(first, ["training.epochs=9", "workers.count=1"]), overwrite=False)  # these may change
+
+    (runs / "photos").mkdir()
+    assert "it is not a run folder" in refused("train", str(first), "name=photos", "--overwrite")
+    assert (runs / "photos").is_dir()
+    (runs / "file").write_text("")
+    with pytest.raises(InputError, match=r"^runs_dir: .* is not allowed; "):
+        prepare_folder(load_config(first, [f"runs_dir={runs / 'file'}"]), overwrite=False)
+
+
+def test_evaluate_refuses_what_it_cannot_evaluate(small_data: Path, tmp_path: Path) -> None:  # noqa: F811
+    run = prepare_folder(parse_config(small_config(small_data, tmp_path)), overwrite=False)
+    assert refused("evaluate", str(run)) == f"{run}: it holds no checkpoint to evaluate"
+    assert "--macs-budget: 10 is not allowed" in refused("evaluate", str(run), "--macs-budget", "10")
+    assert "--threshold: nan is not allowed" in refused("evaluate", str(run), "--threshold", "nan")
+    assert "only one of them" in refused("evaluate", str(run), "--threshold", "0.5", "--macs-budget", "1e5")
+    save = run / "checkpoints" / "step-00000001"
+    save.mkdir(parents=True)
+    (save / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
+    assert "it is the run of a single network" in refused("evaluate", str(run))
+
+
+def test_labels_are_read_as_ffcv_reads_them(small_data: Path, tmp_path: Path) -> None:  # noqa: F811
+    from ffcv.reader import Reader
+
+    import coe_dist.data.ffcv_binding  # noqa: F401  (undoes what importing FFCV does to torch)
+
+    for split in SPLITS:
+        beton = small_data / f"{split}.beton"
+        labels = stored_labels(beton)
+        np.testing.assert_array_equal(labels, Reader(str(beton)).metadata["f1"])
+        assert len(labels) == IMAGES
+        check_labels(beton, read_sidecar(beton))
+    other = tmp_path / "other.beton"
+    content = bytearray((small_data / "test.beton").read_bytes())
+    content[25:30] = b"photo"
+    other.write_bytes(content)
+    with pytest.raises(InputError, match="its fields are not image and label"):
+        stored_labels(other)

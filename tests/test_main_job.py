@@ -1,0 +1,102 @@
+"""The product as a user runs it: the real command line, Ray, DeepSpeed, FFCV and MLflow, on real images."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from namespaces import clean_environment, in_private_network, private_network_command
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-c", "from coe_dist.cli import main; main()"]
+SMALL = ["data.limit=600", "training.global_batch=100", "experts.options.width=0.2", "delegator.options.width=0.1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("user")
+
+
+def statuses(runs: Path) -> dict[str, str]:
+    """MLflow's own view of the runs: name -> status."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
+
+
+def environment() -> dict[str, str]:
+    return clean_environment(OMP_NUM_THREADS="1")
+
+
+def test_demo_trains_three_systems_and_compares_them(place: Path) -> None:
+    arguments = [
+        "demo",
+        str(ROOT / "configs/fashion_mnist.yaml"),
+        "training.epochs=1",
+        "workers.oversubscribe=true",
+        *SMALL,
+    ]
+    done = in_private_network([*COMMAND, *arguments], cwd=place, env=environment(), timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = place / "runs/demo"
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) >= {"coe", "single", "single_same_macs", "seconds", "seed"}
+    assert set(summary["seconds"]) == {"data", "train_coe", "train_single", "evaluate"}
+    for system, macs in (("coe", "average_macs"), ("single", "macs"), ("single_same_macs", "macs")):
+        assert 0 < summary[system]["top1"] < 1
+        assert isinstance(summary[system][macs], int)
+    assert abs(summary["single_same_macs"]["macs"] / summary["coe"]["average_macs"] - 1) < 0.05
+    for text in ("collaboration of experts", "one expert network alone", "report.html"):
+        assert text in done.stdout
+    assert f"{100 * summary['coe']['top1']:.1f}" in (run / "report.html").read_text()
+    assert statuses(place / "runs") == {name: "FINISHED" for name in ("demo", "demo-single", "demo-single-same-macs")}
+
+
+def test_evaluate_prints_the_contract(place: Path) -> None:
+    run = place / "runs/demo"
+    stored = json.loads((run / "evaluation-test.json").read_text())
+    done = in_private_network([*COMMAND, "evaluate", str(run), "--json"], cwd=place, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert {"split", "images", "top1", "exit_rate", "average_macs", "load", "threshold", "curve"} <= set(result)
+    assert result["images"] == 600
+    assert result["top1"] == stored["top1"], "the checkpoint gives what training reported"
+    assert all(set(point) == {"threshold", "exit_rate", "average_macs", "top1"} for point in result["curve"])
+
+
+def test_ctrl_c_ends_the_run_as_killed(place: Path) -> None:
+    run = place / "runs/interrupted"
+    arguments = ["train", str(ROOT / "configs/fashion_mnist.yaml"), "name=interrupted", "training.epochs=10000", *SMALL]
+    process = subprocess.Popen(
+        private_network_command(
+            [*COMMAND, *arguments, "workers.oversubscribe=true", "training.checkpoint_every=10000"]
+        ),
+        cwd=place,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.jsonl").is_file() or '"kind": "train"' not in (run / "metrics.jsonl").read_text():
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline, "training did not start"
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=90)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, errors
+    assert "coe-dist: interrupted" in errors.splitlines()
+    assert statuses(place / "runs")["interrupted"] == "KILLED"
