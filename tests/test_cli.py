@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_data import IMAGES, small_config, small_data, write_config  # noqa: F401
+from small_data import IMAGES, small_config, write_config
 
 from coe_dist.config import load_config, parse_config
 from coe_dist.data.sidecar import SPLITS, read_sidecar, write_sidecar
 from coe_dist.errors import InputError
-from coe_dist.orchestration.runs import prepare_folder
+from coe_dist.orchestration.runs import evaluate, prepare_folder, train
 from coe_dist.training.checks import check_labels, check_run, stored_labels
+
+pytest_plugins = ("small_data",)
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("train", "demo", "evaluate", "data write", "report", "ui", "doctor", "bench")
@@ -156,7 +158,7 @@ def test_damaged_data_is_refused_before_any_worker_starts(
     kind: str,
     words: str,
     small_data: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
@@ -185,7 +187,7 @@ def test_a_configuration_that_cannot_run(
     sections: dict[str, Any],
     words: str,
     small_data: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     config = write_config(tmp_path / "run.yaml", small_config(small_data, tmp_path / "runs", **sections))
     assert words in refused("train", str(config))
@@ -194,13 +196,15 @@ def test_a_configuration_that_cannot_run(
 
 def test_a_run_is_not_resumed_with_another_configuration_nor_a_foreign_folder_deleted(
     small_data: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     runs = tmp_path / "runs"
     first = write_config(tmp_path / "run.yaml", small_config(small_data, runs))
     prepare_folder(load_config(first), overwrite=False)
     stored = (runs / "run" / "config.yaml").read_text()
-    message = refused("train", str(first), "training.global_batch=16", "training.epochs=9")
+    with pytest.raises(InputError) as caught:
+        train(load_config(first, ["training.global_batch=16", "training.epochs=9"]))
+    message = str(caught.value)
     assert message.startswith("training.global_batch: 16 is not allowed; the run in ")
     assert "which would be resumed, has 32; give that, another name, or --overwrite" in message
     assert (runs / "run" / "config.yaml").read_text() == stored
@@ -214,19 +218,27 @@ def test_a_run_is_not_resumed_with_another_configuration_nor_a_foreign_folder_de
         prepare_folder(load_config(first, [f"runs_dir={runs / 'file'}"]), overwrite=False)
 
 
-def test_evaluate_refuses_what_it_cannot_evaluate(small_data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_evaluate_refuses_what_it_cannot_evaluate(small_data: Path, tmp_path: Path) -> None:
     run = prepare_folder(parse_config(small_config(small_data, tmp_path)), overwrite=False)
     assert refused("evaluate", str(run)) == f"{run}: it holds no checkpoint to evaluate"
-    assert "--macs-budget: 10 is not allowed" in refused("evaluate", str(run), "--macs-budget", "10")
-    assert "--threshold: nan is not allowed" in refused("evaluate", str(run), "--threshold", "nan")
-    assert "only one of them" in refused("evaluate", str(run), "--threshold", "0.5", "--macs-budget", "1e5")
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"macs_budget": 10}, "^--macs-budget: 10 is not allowed"),
+        ({"macs_budget": float("nan")}, "^--macs-budget: nan is not allowed"),
+        ({"threshold": float("nan")}, "^--threshold: nan is not allowed"),
+        ({"threshold": -0.5}, "^--threshold: -0.5 is not allowed"),
+        ({"threshold": 0.5, "macs_budget": 1e5}, "only one of them"),
+    ]
+    for given, words in options:
+        with pytest.raises(InputError, match=words):
+            evaluate(run, **given)
     save = run / "checkpoints" / "step-00000001"
     save.mkdir(parents=True)
     (save / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
-    assert "it is the run of a single network" in refused("evaluate", str(run))
+    with pytest.raises(InputError, match="it is the run of a single network"):
+        evaluate(run)
 
 
-def test_labels_are_read_as_ffcv_reads_them(small_data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_labels_are_read_as_ffcv_reads_them(small_data: Path, tmp_path: Path) -> None:
     from ffcv.reader import Reader
 
     import coe_dist.data.ffcv_binding  # noqa: F401  (undoes what importing FFCV does to torch)

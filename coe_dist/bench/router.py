@@ -4,6 +4,7 @@ Every case is one batch of scores. "seconds" is our time with the prices of an e
 "seconds_cold" without; both include rounding the scores and checking the certificate, one thread. gap is the distance
 to the best objective found, relative to it, on the same integer scores. A peer is left out of a case that is too large
 for it (router_peers.PEERS has the limits). An exact peer that disagrees with us is an error, not a row.
+router_places.py compares the places where the problems of a step can be solved.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from coe_dist.bench.record import Record, case, machine, timed, versions
 from coe_dist.bench.router_peers import PEERS, Problem
+from coe_dist.bench.router_places import place_cases
 from coe_dist.coe.transport import SCORE_UNIT, Assignment, balanced_assignment, balanced_assignment_sparse
 
 SIZES = [(1024, 16), (4096, 16), (16384, 64), (65536, 64)]
@@ -42,8 +44,8 @@ def sparse_cases(quick: bool) -> list[Record]:
     return [_sparse_case(samples, experts, kind) for samples, experts in sizes for kind in KINDS]
 
 
-# Further sections (where in the job the problem is solved, for instance) are functions of `quick` that return cases.
-SECTIONS: list[Callable[[bool], list[Record]]] = [dense_cases, sparse_cases]
+# Functions of `quick` that return cases.
+SECTIONS: list[Callable[[bool], list[Record]]] = [dense_cases, sparse_cases, place_cases]
 
 
 def scores_of(kind: str, samples: int, experts: int, seed: int) -> NDArray[np.float32]:

@@ -79,7 +79,9 @@ class ActorChannel:
         except ray.exceptions.GetTimeoutError:
             raise TrainingError(f"{self._name()} gave no answer in {timeout_seconds:g} s") from None
         except ray.exceptions.RayTaskError as error:
-            raise TrainingError(f"{self._name()} failed: {' '.join(str(error.cause).split())}") from None
+            cause = error.cause
+            line = " ".join(f"{type(cause).__name__}: {cause}".split())
+            raise TrainingError(f"{self._name()} failed: {line}") from None
         except ray.exceptions.RayError as error:
             raise TrainingError(f"{self._name()} ended: {_reason(error)}") from None
         return solved
@@ -94,7 +96,7 @@ class ActorChannel:
 
 
 def _reason(error: Exception) -> str:
-    """The telling line of Ray's report on a dead actor, which lists the actor's names first."""
+    """The telling line of Ray's report on a dead actor, without the actor's names and general advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "memory" in line.lower() or "exit" in line.lower()]
-    return (told or lines or [type(error).__name__])[0]
+    return (told or lines or [type(error).__name__])[0].partition(" Some common causes")[0]

@@ -88,7 +88,7 @@ class ProcessSolver:
         row, message = like.new_zeros(1 + like.numel()), b""
         if self.channel is not None:
             try:
-                solved = torch.from_numpy(self.channel.result(ticket, self.patience_seconds))
+                solved = torch.tensor(self.channel.result(ticket, self.patience_seconds))  # a copy: Ray's is read-only
                 row[1:] = solved.flatten().to(row)
             except TrainingError as error:
                 message = str(error).encode()

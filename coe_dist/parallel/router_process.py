@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -55,11 +56,10 @@ class ChildChannel:
             raise TrainingError(f"router process (pid {self.pid}) gave no answer in {timeout_seconds:g} s") from None
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._process.poll() is None:
             self._process.kill()  # it holds nothing that could be lost
             self._process.wait()
-        self._thread.shutdown(wait=True)  # its last read has ended with the process
+        self._thread.shutdown()  # whatever it still had to ask has failed with the process
         self._connection.close()
 
     def _ask(self, kind: str, arrays: tuple[Array, ...]) -> Array:
@@ -97,6 +97,8 @@ def serve(connection: Connection, parent: int) -> None:
 
     torch.set_num_threads(1)
     warm_up()
+    if not _wait(connection, parent):
+        return
     problems: Problems = connection.recv()
     while _wait(connection, parent):
         kind, arrays = connection.recv()
@@ -119,7 +121,5 @@ def _wait(connection: Connection, parent: int) -> bool:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
-    try:
+    with suppress(EOFError, ConnectionError):  # the parent is gone
         serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
-    except (EOFError, ConnectionError):
-        pass  # the parent is gone

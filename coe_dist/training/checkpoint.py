@@ -12,6 +12,7 @@ dictionary by parameter name read with weights_only, so loading never runs code 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,9 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from coe_dist.errors import InputError, TrainingError
+from coe_dist.parallel.batchnorm import average_statistics
 from coe_dist.parallel.groups import Groups
 from coe_dist.training.engines import NetworkEngine
 
@@ -64,11 +67,14 @@ def save(
 ) -> Path:
     """Writes checkpoints/step-<step> under `folder`; returns it. Collective: every rank calls it.
 
-    A failure on one rank (a full disk) is raised on all of them, and earlier saves stay valid.
+    Running statistics of local BatchNorm are averaged over each network's group first. A failure on one rank (a full
+    disk) is a TrainingError on all of them, and earlier saves stay valid.
     """
     target = folder / f"step-{position.step:08d}"
-    partial = folder / f".partial-step-{position.step:08d}"
+    partial = folder / f".partial-step-{position.step:08d}"  # one that a crash has left is overwritten
     problem, hashes = "", {}
+    for engine in engines:
+        average_statistics(engine.network, engine.group)
     states = [(engine, engine.optimizer_state()) for engine in engines]  # collective under ZeRO
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -76,40 +82,50 @@ def save(
             if groups.rank == engine.group.ranks[0]:
                 hashes.update(_write_network(partial, engine, state))
     except OSError as error:
-        problem = f"rank {groups.rank}: {error}"
+        problem = f"rank {groups.rank}: {error.strerror}"
     everything: list[Any] = [(problem, hashes)]
     if groups.world.handle is not None:
         everything = [None] * groups.world.size
-        dist.all_gather_object(everything, (problem, hashes), group=groups.world.handle)
+        with groups.world.naming_failures(f"checkpoint {target.name}"):
+            dist.all_gather_object(everything, (problem, hashes), group=groups.world.handle)
     problems = [text for text, _ in everything if text]
     outcome = [""]
     if groups.rank == 0:
         try:
             if problems:
-                raise OSError(problems[0])
+                raise OSError(None, problems[0])
             files = {name: digest for _, part in everything for name, digest in part.items()}
             _publish(folder, partial, target, files, position, config_digest, groups.placement.experts, extra, keep)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            outcome = [f"checkpoint {target.name} could not be written ({error}); the one before it is still valid"]
+            outcome = [f"checkpoint {target} could not be written ({error.strerror}); earlier ones are still valid"]
     if groups.world.handle is not None:
-        dist.broadcast_object_list(outcome, src=0, group=groups.world.handle)
+        with groups.world.naming_failures(f"checkpoint {target.name}"):
+            dist.broadcast_object_list(outcome, src=0, group=groups.world.handle)
     if outcome[0]:
         raise TrainingError(outcome[0])
     return target
 
 
 def _write_network(folder: Path, engine: NetworkEngine, state: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
+    """Made in memory and written by us: the libraries' own writers raise other errors than OSError for a full disk."""
     stem = network_file(engine.name)
     weights = {name: value.detach().cpu().contiguous() for name, value in engine.network.state_dict().items()}
-    save_file(weights, folder / f"{stem}.safetensors")
-    torch.save(state, folder / f"{stem}.optim.pt")
-    written = {}
-    for name in (f"{stem}.safetensors", f"{stem}.optim.pt"):
-        with (folder / name).open("rb+") as file:
-            os.fsync(file.fileno())
-        written[name] = sha256_of(folder / name)
-    return written
+    optimizer = io.BytesIO()
+    torch.save(state, optimizer)
+    return {
+        name: _write(folder / name, content)
+        for name, content in ((f"{stem}.safetensors", to_bytes(weights)), (f"{stem}.optim.pt", optimizer.getbuffer()))
+    }
+
+
+def _write(path: Path, content: bytes | memoryview) -> str:
+    """Writes to the disk itself, not only to its cache; returns the sha256 of what was meant to be written."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
 
 
 def _publish(
@@ -135,40 +151,49 @@ def _publish(
         **extra,
         "files": files,
     }
-    temporary = partial / ".manifest.json"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    temporary.rename(partial / "manifest.json")
-    if target.exists():
+    _write(partial / ".manifest.json", json.dumps(manifest, indent=1).encode())
+    (partial / ".manifest.json").rename(partial / "manifest.json")
+    if target.exists():  # a damaged one, which training has gone back behind
         shutil.rmtree(target)
     partial.rename(target)
-    pointer = folder / ".latest"
-    pointer.write_text(target.name)
-    pointer.replace(folder / "latest")
-    for old in complete_saves(folder)[keep:]:
+    _write(folder / ".latest", target.name.encode())
+    (folder / ".latest").replace(folder / "latest")
+    for old in [save for save in complete_saves(folder) if save.name <= target.name][keep:]:
         shutil.rmtree(old, ignore_errors=True)
+    for left in folder.glob(".partial-step-*"):  # by a crash
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _saves(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)), reverse=True)
 
 
 def complete_saves(folder: Path) -> list[Path]:
     """Folders with a manifest, newest first."""
-    saves = [
-        path
-        for path in folder.glob("step-*")
-        if re.fullmatch(r"step-\d{8}", path.name) and (path / "manifest.json").is_file()
-    ]
-    return sorted(saves, reverse=True)
+    return [path for path in _saves(folder) if (path / "manifest.json").is_file()]
 
 
 def damage(save: Path) -> str:
-    """What is wrong with a save, or '' when its manifest and every file verify."""
+    """What is wrong with a save, or '' when its manifest and every file verify.
+
+    Raises InputError for a manifest of another format version.
+    """
     try:
-        manifest = json.loads((save / "manifest.json").read_text())
+        manifest = json.loads((save / "manifest.json").read_bytes())
+    except FileNotFoundError:
+        return "manifest.json is missing"
     except (OSError, ValueError) as error:
         return f"manifest.json: {error}"
+    if not isinstance(manifest, dict):
+        return "manifest.json: not a mapping of keys"
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"{save}: checkpoint format {manifest.get('format')} is not allowed; this version reads format {FORMAT}"
         )
-    for name, digest in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files or any(name not in manifest for name in ("experts", *vars(Position()))):
+        return "manifest.json: incomplete"
+    for name, digest in files.items():
         path = save / name
         if Path(name).name != name or not path.is_file():
             return f"{name} is missing"
@@ -180,12 +205,32 @@ def damage(save: Path) -> str:
 def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest save that verifies, and a warning for each newer one that does not."""
     warnings: list[str] = []
-    for candidate in complete_saves(folder):
+    for candidate in _saves(folder):
         problem = damage(candidate)
         if not problem:
             return candidate, warnings
         warnings.append(f"{candidate} is damaged ({problem}); falling back to the checkpoint before it")
     return None, warnings
+
+
+def agreed_save(folder: Path, groups: Groups) -> tuple[Path | None, list[str]]:
+    """latest_valid as rank 0 sees it, on every rank: only one reads all files, and none goes its own way.
+
+    The warnings are rank 0's alone. Raises as `damage` does, on every rank. Collective.
+    """
+    answer: list[Any] = [None]
+    warnings: list[str] = []
+    if groups.rank == 0:
+        try:
+            answer[0], warnings = latest_valid(folder)
+        except InputError as error:
+            answer[0] = error
+    if groups.world.handle is not None:
+        with groups.world.naming_failures("search for a checkpoint"):
+            dist.broadcast_object_list(answer, src=0, group=groups.world.handle)
+    if isinstance(answer[0], InputError):
+        raise answer[0]
+    return answer[0], warnings
 
 
 def load(

@@ -148,7 +148,6 @@ def summarise(
             "delegator": _mean(records.delegator_N),
             "oracle": _mean(records.experts_NE.any(1)),
             "experts": [_mean(records.experts_NE[:, expert]) for expert in range(experts)],
-            "selected": _mean(chosen_right),
         },
         "exit_rate": _mean(exits_N),
         "average_macs": round(delegator_macs + float((macs_N * ~exits_N).sum()) / images),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,6 +71,17 @@ def grouped(batches: Iterable[MicroBatch], size: int) -> Iterator[list[MicroBatc
         yield group
 
 
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts `where` before the message of a TrainingError, which names rank and group by itself."""
+    try:
+        yield
+    except NonFiniteError:
+        raise
+    except TrainingError as error:
+        raise TrainingError(f"{where}: {error}") from error
+
+
 class Loop:
     """Trains a task from `position` to the last epoch."""
 
@@ -110,11 +123,14 @@ class Loop:
             step = self._epoch(epoch, step, first)
             first = 0
             if (epoch + 1) % self.config.training.evaluate_every == 0 or epoch + 1 == self.config.training.epochs:
-                self._record("evaluation", step, epoch, self.task.evaluate(self.data.batches), split="validation")
+                with naming(f"evaluation after step {step}"):
+                    metrics = self.task.evaluate(self.data.batches)
+                self._record("evaluation", step, epoch, metrics, split="validation")
             if (epoch + 1) % self.config.training.checkpoint_every == 0 or epoch + 1 == self.config.training.epochs:
                 self.save(Position(step, epoch + 1, 0, self.task.step.micro_step))
         before = time.perf_counter()
-        self.task.finish(self.data.batches)
+        with naming(f"evaluation after step {step}"):
+            self.task.finish(self.data.batches)
         now = time.perf_counter()
         self._record(
             "end", step, self.config.training.epochs - 1, {}, seconds=now - started, evaluate_seconds=now - before
@@ -124,7 +140,7 @@ class Loop:
         training, sums, since = self.config.training, StepSums(), time.perf_counter()
         accumulation = training.accumulation
         groups = grouped(self.data.batches("train", epoch, first * accumulation), accumulation)
-        factor = 0.0
+        factor, before = 0.0, step
         for batches in groups:
             factor = learning_rate_factor(
                 step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=training.optimizer.schedule
@@ -135,23 +151,29 @@ class Loop:
             if step % self.config.tracking.every_steps == 0:
                 since = self._report(sums, step, epoch, factor, since)
                 sums = StepSums()
-        if sums.images or step % self.config.tracking.every_steps:
+        if step > before and step % self.config.tracking.every_steps:
             self._report(sums, step, epoch, factor, since)
         return step
 
     def _step(self, batches: list[MicroBatch], sums: StepSums, step: int) -> None:
-        """A non-finite value ends the run or costs this step, by training.non_finite; every rank agrees."""
+        """A non-finite value ends the run or costs this step, by training.non_finite; every rank agrees.
+
+        `step` optimizer steps are done; messages and records name the one at work, counted from 1.
+        """
         try:
-            if self.task.step.step(batches, sums):
-                return
-            problem = f"step {step}: a gradient is not finite ({', '.join(sums.skipped) or 'on another rank'})"
+            with naming(f"step {step + 1}"):
+                if self.task.step.step(batches, sums):
+                    return
+            problem = f"a gradient is not finite ({', '.join(sums.skipped) or 'of a network on another rank'})"
         except NonFiniteError as error:
-            problem = str(error)
+            problem = re.sub(r"^step \d+: ", "", str(error))  # the router's number counts micro-batches
+        problem = f"step {step + 1}: {problem}"
         if self.config.training.non_finite == "stop":
             raise TrainingError(
                 f"{problem}; set training.non_finite=skip to go on, or lower training.optimizer.learning_rate"
             )
-        self._record("warning", step, None, {}, message=problem)
+        sums.skipped.clear()
+        self._record("warning", step + 1, None, {}, message=problem)
 
     def _report(self, sums: StepSums, step: int, epoch: int, factor: float, since: float) -> float:
         now = time.perf_counter()

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from coe_dist.config import RunConfig
 from coe_dist.parallel.groups import Groups
 from coe_dist.parallel.process_solver import OpenChannel, ProcessSolver
 from coe_dist.parallel.router import Router
@@ -184,7 +183,6 @@ class CollaborationTask:
             "val/top1": result["top1"]["coe"],
             "val/top1_delegator": result["top1"]["delegator"],
             "val/top1_oracle": result["top1"]["oracle"],
-            "val/top1_selected": result["top1"]["selected"],
             "val/exit_rate": result["exit_rate"],
             "val/average_macs": result["average_macs"],
         }

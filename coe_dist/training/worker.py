@@ -20,8 +20,8 @@ from coe_dist import tracking
 from coe_dist.coe.warm_up import warm_up
 from coe_dist.config import RunConfig, load_config
 from coe_dist.data.sidecar import read_sidecar
-from coe_dist.errors import EXIT_BAD_INPUT, InputError
-from coe_dist.parallel.groups import create_groups
+from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, InputError, TrainingError
+from coe_dist.parallel.groups import Groups, create_groups
 from coe_dist.parallel.process_solver import OpenChannel
 from coe_dist.parallel.router_process import ChildChannel
 from coe_dist.training import checkpoint
@@ -49,7 +49,7 @@ def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> None:
     try:
         task = build_task(job, builder, groups, device, open_channel)
         try:
-            position = _resume(job, task)
+            position = _resume(job, task, groups)
             torch.set_num_threads(config.workers.threads)  # FFCV and DeepSpeed change it
             if job.task == "evaluate":
                 assert isinstance(task, CollaborationTask)
@@ -82,9 +82,9 @@ def _evaluate(job: Job, task: CollaborationTask, data: Data) -> None:
     task.report(data.batches, splits, budget=job.macs_budget, given=given)
 
 
-def _resume(job: Job, task: Task) -> Position:
+def _resume(job: Job, task: Task, groups: Groups) -> Position:
     """Loads the newest valid checkpoint of the run folder, if there is one."""
-    save, problems = checkpoint.latest_valid(Path(job.run_dir) / "checkpoints")
+    save, problems = checkpoint.agreed_save(Path(job.run_dir) / "checkpoints", groups)
     for problem in problems:
         warnings.warn(problem, stacklevel=1)
     if save is None:
@@ -137,6 +137,11 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         print(f"coe-dist: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except TrainingError as error:
+        if os.environ.get("COE_DIST_DEBUG"):
+            raise
+        print(f"coe-dist: {error}", file=sys.stderr)
+        return EXIT_FAILED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -16,8 +16,9 @@ def test_quick_run_has_every_peer_and_no_gap_to_the_exact_ones() -> None:
     record = json.loads(json.dumps(run_router_bench(quick=True)))
     assert record["name"] == "router"
     assert set(record["machine"]) == {"processor", "cores", "memory_gib", "system", "python"}
-    assert [c["case"]["kind"] for c in record["cases"]] == ["dense"] * 3 + ["sparse"] * 3
-    for measured in record["cases"]:
+    solved, placed = record["cases"][:6], record["cases"][6:]
+    assert [c["case"]["kind"] for c in solved] == ["dense"] * 3 + ["sparse"] * 3
+    for measured in solved:
         dense = measured["case"]["kind"] == "dense"
         assert set(measured["peers"]) == ({"pot_emd", "scipy", "ortools", "auction"} if dense else {"ortools"})
         assert measured["ours"]["gap"] == 0.0
@@ -26,6 +27,10 @@ def test_quick_run_has_every_peer_and_no_gap_to_the_exact_ones() -> None:
         for name, peer in measured["peers"].items():
             assert peer["ratio"] == peer["seconds"] / measured["ours"]["seconds"]
             assert 0 <= peer["gap"] < 0.2 if name == "auction" else peer["gap"] == 0
+    assert [c["case"] for c in placed] == [
+        {"where": where, "samples": 256, "experts": 4, "world_size": 2} for where in ("replicated", "rank0", "process")
+    ]
+    assert all(set(c["ours"]) == {"seconds", "cpu_seconds", "spread"} and c["peers"] == {} for c in placed)
 
 
 @pytest.mark.parametrize("solver", [pot_emd, scipy_assignment, ortools_flow, base_auction])

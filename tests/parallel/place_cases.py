@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from coe_dist.training.step import MicroBatch, StepSums
 
 
 def batch(samples: int, experts: int, k: int, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """selection [N,E], losses [N,k] (both with ties), ids [N], dispatch sets given an assignment."""
+    """selection [N,E], losses [N,k] (both with ties), sample ids [N]."""
     generator = torch.Generator().manual_seed(seed)
     selection_NE = torch.randint(-3, 4, (samples, experts), generator=generator).to(dtype)
     losses_Nk = torch.randint(0, 4, (samples, k), generator=generator).to(dtype) / 3
@@ -45,20 +46,16 @@ def answers(
 
 
 def agree(folder: Path) -> None:
-    """Every place gives bit-identical answers, on every rank, over several batches (with warm prices from the second).
-
-    Also the failures a router process can meet, because starting one takes seconds."""
+    """Every place gives bit-identical answers on every rank, over several batches (all but the first start warm)."""
     groups = create_groups(4, timeout_seconds=60)
-    for labels, k, dtype in (
-        ("balanced", 2, torch.float32),
-        ("balanced", 4, torch.float64),
-        ("soft", 3, torch.float32),
-    ):
+    sorts = [(k, dtype) for k in (2, 3, 4) for dtype in (torch.float32, torch.float64)]
+    for labels in ("balanced", "soft"):
         solvers = [
-            solver_of(Case(groups.world.size, 4, k, where=where, labels=labels), groups)
+            solver_of(Case(groups.world.size, 4, 2, where=where, labels=labels), groups)
             for where in ("replicated", "rank0", "process")
         ]
-        for seed, sizes in enumerate(([11, 10], [600, 600], [1, 0], [3, 2])):
+        shapes = itertools.product(sorts, ([11, 10], [600, 600], [1, 0]))
+        for seed, ((k, dtype), sizes) in enumerate(shapes):
             given = batch(sum(sizes), 4, k, seed, dtype)
             first, *others = ([*answers(solver, *given, sizes)] for solver in solvers)
             for other in others:
@@ -68,7 +65,7 @@ def agree(folder: Path) -> None:
         for solver in solvers:
             solver.close()
             solver.close()
-    (folder / f"agreed-{groups.rank}").touch()
+    (folder / f"places-agreed-{groups.rank}").touch()
 
 
 def told(work: Callable[[], object]) -> dict[str, object]:
@@ -159,4 +156,11 @@ def local(folder: Path) -> None:
                 ).expert_N
                 assert (labels_Nk[rows].numpy() == (experts_Bk == chosen_B[:, None])).all()
         solver.close()
-    (folder / f"agreed-{groups.rank}").touch()
+    (folder / f"local-agreed-{groups.rank}").touch()
+
+
+def run(folder: Path) -> None:
+    """All of the above in one set of ranks, because starting them takes seconds."""
+    agree(folder)
+    local(folder)
+    end(folder)

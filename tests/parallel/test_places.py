@@ -32,19 +32,24 @@ time.sleep(600)
 """
 
 
-def test_all_places_give_identical_plans(tmp_path: Path) -> None:
-    run_ranks(2, "parallel.place_cases:agree", tmp_path)
-    assert len(list(tmp_path.glob("agreed-*"))) == 2
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which both ranks of place_cases.run left their findings; the ranks assert most things."""
+    folder = tmp_path_factory.mktemp("places")
+    run_ranks(2, "parallel.place_cases:run", folder)
+    return folder
 
 
-def test_local_scope_solves_each_ranks_rows_alone(tmp_path: Path) -> None:
-    run_ranks(2, "parallel.place_cases:local", tmp_path)
-    assert len(list(tmp_path.glob("agreed-*"))) == 2
+def test_all_places_give_identical_plans(ranks: Path) -> None:
+    assert len(list(ranks.glob("places-agreed-*"))) == 2
 
 
-def test_end_of_the_router_process_ends_the_step_on_every_rank(tmp_path: Path) -> None:
-    run_ranks(2, "parallel.place_cases:end", tmp_path)
-    found = [json.loads((tmp_path / f"ended-{rank}.json").read_text()) for rank in range(2)]
+def test_local_scope_solves_each_ranks_rows_alone(ranks: Path) -> None:
+    assert len(list(ranks.glob("local-agreed-*"))) == 2
+
+
+def test_end_of_the_router_process_ends_the_step_on_every_rank(ranks: Path) -> None:
+    found = [json.loads((ranks / f"ended-{rank}.json").read_text()) for rank in range(2)]
     killed = r"router process \(pid \d+\) ended: killed by SIGKILL"
     expected = {
         "between steps": killed,
@@ -57,8 +62,8 @@ def test_end_of_the_router_process_ends_the_step_on_every_rank(tmp_path: Path) -
         messages = {told[name]["message"] for told in found}
         assert len(messages) == 1, "every rank must tell the same"
         assert re.fullmatch(pattern, messages.pop()), name
-    for told in found:  # the collectives' timeout is 60 s: nobody waited for it
-        assert all(told[name]["seconds"] < 30 for name in expected if name != "between steps")
+    for told in found:  # the collectives' timeout is 60 s, the patience of rank 0 30 s: nobody waited for them
+        assert all(told[name]["seconds"] < 25 for name in expected if name != "between steps")
 
 
 def test_child_ends_with_its_parent() -> None:
@@ -80,9 +85,7 @@ def test_child_ends_with_its_parent() -> None:
 
 def test_idle_child_notices_that_it_was_adopted() -> None:
     """The connection stays open here (as if a fork of the parent held it), so only the parent's id can tell."""
-    code = WITH_CHILD.replace(
-        "time.sleep(600)", "import os, signal\nif os.fork() == 0: time.sleep(600)\ntime.sleep(600)"
-    )
+    code = WITH_CHILD.replace("time.sleep(600)", "import os\nos.fork()\ntime.sleep(600)")
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
