@@ -1,9 +1,10 @@
 # make demo   sets this machine up, then trains the demonstration (about ten minutes on two cores)
 # make test   sets this machine up, then runs the tests
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 COE = .venv/bin/coe-dist
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: demo test test-full lint setup setup-dev
+.PHONY: demo test test-full test-gpu test-multi-gpu lint setup setup-dev
 
 demo: setup
 	$(COE) demo configs/fashion_mnist.yaml
@@ -13,6 +14,14 @@ test: setup-dev lint
 
 test-full: setup-dev
 	$(PYTEST) --full
+
+# one GPU; needs only a python with torch, numpy and numba
+test-gpu:
+	$(PYTHON) tests/gpu/check.py
+
+# one rank per GPU on NCCL; not yet run by anybody
+test-multi-gpu:
+	$(PYTHON) tests/gpu/check.py --multi
 
 lint: setup-dev
 	.venv/bin/ruff check .

@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Write and inspect data sets.")
 app.add_typer(data_app, name="data")
+export_app = typer.Typer(no_args_is_help=True, help="Turn a run into something that needs no run.")
+app.add_typer(export_app, name="export")
 
 ConfigPath = Annotated[
     Path, typer.Argument(help="A YAML file, for instance configs/fashion_mnist.yaml", show_default=False)
@@ -94,6 +96,51 @@ def evaluate(
 
     result = compute(run, split=split, macs_budget=macs_budget, threshold=threshold, address=address)
     print(json.dumps(result)) if as_json else show_evaluation(result, run)
+
+
+@app.command(epilog="Example: coe-dist scale runs/demo --experts 8 --split most-loaded --out runs/demo8")
+def scale(
+    run: RunPath,
+    experts: Annotated[int, typer.Option(help="How many experts the new run has, more or fewer than RUN.")],
+    out: Annotated[Path, typer.Option(help="The new run's folder, for instance runs/demo8")],
+    from_expert: Annotated[
+        list[int] | None,
+        typer.Option(help="Expert to copy, or to keep when there are to be fewer; may be given several times."),
+    ] = None,
+    split: Annotated[
+        Literal["most-loaded"] | None,
+        typer.Option(help="Copy the experts chosen most often, or keep those (the default)."),
+    ] = None,
+    noise: Annotated[float, typer.Option(help="Noise on a copy, relative to the size of its weights.")] = 0.01,
+) -> None:
+    """Make a run with another number of experts from a trained one; `coe-dist train` goes on with it."""
+    from coe_dist.training.scaling import scale as run_scale
+    from coe_dist.training.scaling import show_scaled
+
+    if split and from_expert:
+        raise InputError(f"--split: {split} is not allowed; --from-expert is given too, give only one of them")
+    show_scaled(run_scale(run, experts=experts, out=out, named=from_expert or (), noise=noise))
+
+
+@app.command(epilog="Example: coe-dist inspect runs/demo --json")
+def inspect(run: RunPath, as_json: AsJson = False) -> None:
+    """Show what a run's newest checkpoint holds, and whether every file verifies."""
+    from coe_dist.training.inspection import inspect_run, show_inspection
+
+    result = inspect_run(run)
+    print(json.dumps(result)) if as_json else show_inspection(result)
+
+
+@export_app.command("weights", epilog="Example: coe-dist export weights runs/demo --out demo-weights")
+def export_weights(
+    run: RunPath, out: Annotated[Path, typer.Option(help="The new folder for config.json and the weights.")]
+) -> None:
+    """Write a folder for coe_dist.inference.CollaborationOfExperts.from_pretrained."""
+    from coe_dist.training.export import export_weights as write
+
+    for warning in write(run, out):
+        print(f"coe-dist: {warning}", file=sys.stderr)
+    print(out)
 
 
 @data_app.command(

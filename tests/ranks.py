@@ -35,7 +35,7 @@ def start_ranks(world_size: int, target: str, folder: Path) -> list[subprocess.P
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("COE_TEST_PATH", "")]),
         }
         log = (folder / f"rank{rank}.log").open("w")
         processes.append(
@@ -73,7 +73,7 @@ def _main(target: str, folder: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group(os.environ.get("COE_TEST_BACKEND", "gloo"), timeout=timedelta(seconds=120))
     module, function = target.split(":")
     getattr(importlib.import_module(module), function)(Path(folder))
     dist.barrier()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from coe_dist.data.beton import write_dataset
@@ -14,9 +13,7 @@ from coe_dist.data.beton import write_dataset
 IMAGES = 101  # of each split; prime, so that no batch or world size divides it
 
 
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fashion")
+def write_small(folder: Path) -> Path:
     write_dataset("fashion-mnist", folder, limit=IMAGES)
     return folder
 

@@ -5,11 +5,13 @@ the losses for labels (k = 2, balanced), do WORK_SECONDS of matrix products in p
 all-reduce one number as that pass would, and take the labels. All figures are per step, from bursts of BURST steps that
 alternate with bursts of the same steps without the router:
 
-    seconds      what the router adds to the slowest rank's step: the fastest burst with it less the fastest without
-                 (the least disturbed of each; a small negative number means: not measurable)
-    cpu_seconds  what it adds to the processor time of the training processes together (median; a router process of
-                 its own spends its own time besides)
-    spread       (slowest - fastest) / median of the bursts with it
+    seconds        time in calls of the router (assign, submit, take), in which training waits: the slowest rank's of
+                   each step, median; spread = (upper - lower quartile) / median
+    added_seconds  what the router adds to the whole burst, so also what a router process slows the ranks' other work
+                   down where it has no core of its own: the fastest burst with it less the fastest without (the least
+                   disturbed of each; a small or negative number means: not measurable, the machine is not quiet)
+    cpu_seconds    what it adds to the processor time of the training processes together (median; a router process
+                   spends its own besides)
 
 Prices are warm from the second step on. The router process is a child process here. `python -m` of this module is what
 each rank runs (see ranks.py).
@@ -18,13 +20,14 @@ each rank runs (see ranks.py).
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coe_dist.bench.ranks import Seconds, alternate, measure_in_ranks, serve, summary
+from coe_dist.bench.ranks import Seconds, alternate, measure_in_ranks, serve
 from coe_dist.bench.record import Record, case
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ BURST = 2  # steps timed together
 def place_cases(quick: bool) -> list[Record]:
     """One case per size and place; they have no peers but each other."""
     sizes = SIZES[:1] if quick else SIZES
-    request = {"sizes": sizes, "rounds": 2 if quick else 80}
+    request = {"sizes": sizes, "rounds": 2 if quick else 40}
     answer = measure_in_ranks("coe_dist.bench.router_places", WORLD_SIZE, request, timeout_seconds=500)
     return [
         case({"where": where, "samples": samples, "experts": experts, "world_size": WORLD_SIZE}, ours[where], {})
@@ -54,10 +57,13 @@ def measure(request: Record) -> Record:
     from coe_dist.coe.warm_up import warm_up
 
     warm_up()
-    return {"sizes": [_measure_size(samples, experts, request["rounds"]) for samples, experts in request["sizes"]]}
+    work = _work()
+    return {
+        "sizes": [_measure_size(samples, experts, work, request["rounds"]) for samples, experts in request["sizes"]]
+    }
 
 
-def _measure_size(samples: int, experts: int, rounds: int) -> Record:
+def _measure_size(samples: int, experts: int, work: Callable[[], None], rounds: int) -> Record:
     from coe_dist.parallel.groups import create_groups
     from coe_dist.parallel.process_solver import ProcessSolver
     from coe_dist.parallel.router_process import ChildChannel
@@ -70,35 +76,49 @@ def _measure_size(samples: int, experts: int, rounds: int) -> Record:
         "rank0": RankZeroSolver(Problems(experts, "balanced", 1.0), groups.world, groups.rank),
         "process": ProcessSolver(channel, groups.world, timeout_seconds=60),
     }
-    works = {"alone": _step(None, samples, experts)}
-    works |= {where: _step(solver, samples, experts) for where, solver in solvers.items()}
+    waited: dict[str, list[float]] = {where: [] for where in solvers}
+    works = {"alone": _step(None, samples, experts, work, [])}
+    works |= {where: _step(solver, samples, experts, work, waited[where]) for where, solver in solvers.items()}
     try:
         alternate(works, 2)  # starts the router process, and warms the prices
+        for seconds in waited.values():
+            seconds.clear()
         taken = alternate(works, rounds)
     finally:
         solvers["process"].close()
-    return {where: _added(taken[where], taken["alone"]) for where in PLACES}
+    return {where: _waiting(waited[where]) | _added(taken[where], taken["alone"]) for where in PLACES}
+
+
+def _waiting(seconds: list[float]) -> Record:
+    import torch
+    import torch.distributed as dist
+
+    slowest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    lower, median, upper = statistics.quantiles(slowest.tolist(), n=4)
+    return {"seconds": median, "spread": (upper - lower) / median}
 
 
 def _added(whole: list[Seconds], alone: list[Seconds]) -> Record:
     fastest, fastest_alone = (min(wall for wall, _ in taken) for taken in (whole, alone))
     cpu, cpu_alone = (statistics.median(cpu for _, cpu in taken) for taken in (whole, alone))
     return {
-        "seconds": (fastest - fastest_alone) / BURST,
+        "added_seconds": (fastest - fastest_alone) / BURST,
         "cpu_seconds": (cpu - cpu_alone) / BURST,
-        "spread": summary(whole)["spread"],
     }
 
 
-def _step(solver: Solver | None, samples: int, experts: int) -> Callable[[], None]:
-    """BURST steps with a solver, or without."""
+def _step(
+    solver: Solver | None, samples: int, experts: int, work: Callable[[], None], waited: list[float]
+) -> Callable[[], None]:
+    """BURST steps with a solver, or without; `waited` gets the seconds of each in the solver."""
     import torch
     import torch.distributed as dist
 
     from coe_dist.bench.router import scores_of
     from coe_dist.coe import modules
 
-    ids_N, work = torch.arange(samples), _work()
+    ids_N = torch.arange(samples)
     sizes = [samples // WORLD_SIZE] * WORLD_SIZE
     batches = []
     for seed in range(4):
@@ -114,31 +134,34 @@ def _step(solver: Solver | None, samples: int, experts: int) -> Callable[[], Non
     def burst() -> None:
         for _ in range(BURST):
             selection_NE, losses_Nk, experts_Nk = next(turn)
-            finish = None
-            if solver is not None:
-                solver.assign(selection_NE, ids_N, sizes)
-                finish = solver.start_labels(losses_Nk, experts_Nk, ids_N, sizes)
+            if solver is None:
+                work()
+                dist.all_reduce(torch.ones(1))
+                continue
+            start = time.perf_counter()
+            solver.assign(selection_NE, ids_N, sizes)
+            finish = solver.start_labels(losses_Nk, experts_Nk, ids_N, sizes)
+            seconds = time.perf_counter() - start
             work()
             dist.all_reduce(torch.ones(1))
-            if finish is not None:
-                finish()
+            start = time.perf_counter()
+            finish()
+            waited.append(seconds + time.perf_counter() - start)
 
     return burst
 
 
 def _work() -> Callable[[], None]:
     """About WORK_SECONDS of matrix products, the same number of them on every rank."""
-    import time
-
     import torch
     import torch.distributed as dist
 
     matrix = torch.randn(192, 192)
     _ = matrix @ matrix
-    start = time.perf_counter()
-    for _ in range(50):
+    start = time.process_time()  # not disturbed by what else the machine does
+    for _ in range(200):
         _ = matrix @ matrix
-    count = torch.tensor([WORK_SECONDS / ((time.perf_counter() - start) / 50)])
+    count = torch.tensor([WORK_SECONDS / ((time.process_time() - start) / 200)])
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
 
     def work() -> None:

@@ -12,7 +12,8 @@ from coe_dist.config import NetworkConfig, RunConfig
 from coe_dist.data.beton import write_dataset
 from coe_dist.orchestration.ray_session import session_for
 from coe_dist.orchestration.ray_train import check_workers
-from coe_dist.orchestration.runs import load_run_config, train_in
+from coe_dist.orchestration.runs import train_in
+from coe_dist.training.run_folder import load_run_config
 
 
 def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
 from coe_dist import tracking
-from coe_dist.config import NetworkConfig, RunConfig, parse_config
+from coe_dist.config import NetworkConfig, RunConfig
 from coe_dist.errors import InputError
 from coe_dist.orchestration.progress import ProgressDisplay
 from coe_dist.orchestration.ray_session import RaySession, session_for
 from coe_dist.orchestration.ray_train import check_workers, run_under_ray
-
-RESUMABLE = {"training.epochs", "training.evaluate_every", "training.checkpoint_every", "training.keep_checkpoints"}
-RESUMABLE_SECTIONS = {"workers", "tracking", "early_exit"}
+from coe_dist.training.run_folder import check_folder, load_run_config, prepare_folder
 
 
 def train(config: RunConfig, *, address: str | None = None, overwrite: bool = False) -> Path:
@@ -87,57 +84,6 @@ def train_in(
     return run_dir
 
 
-def check_folder(config: RunConfig, *, overwrite: bool) -> None:
-    """Raises InputError when an existing run folder must not be replaced, or not be resumed with this configuration.
-
-    Changes nothing.
-    """
-    run_dir = config.run_dir
-    stored = run_dir / "config.yaml"
-    if overwrite and run_dir.exists() and not stored.is_file():
-        raise InputError(f"{run_dir}: it is not a run folder (no config.yaml), so --overwrite leaves it alone")
-    if overwrite or not stored.is_file():
-        return
-    before = load_run_config(run_dir).model_dump(mode="json")
-    changed = sorted(_differences(before, config.model_dump(mode="json")))
-    refused = [key for key in changed if key not in RESUMABLE and key.split(".")[0] not in RESUMABLE_SECTIONS]
-    if refused:
-        raise InputError(
-            f"{refused[0]}: {_at(config.model_dump(mode='json'), refused[0])} is not allowed; the run in {run_dir}, "
-            f"which would be resumed, has {_at(before, refused[0])}; give that, another name, or --overwrite"
-        )
-
-
-def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
-    """Creates the run folder, or makes an existing one ready to be resumed; refuses what check_folder refuses."""
-    check_folder(config, overwrite=overwrite)
-    run_dir = config.run_dir
-    stored = run_dir / "config.yaml"
-    try:
-        if overwrite and run_dir.exists():
-            shutil.rmtree(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = stored.with_name(".config.yaml.partial")
-        temporary.write_text(config.to_yaml())
-        temporary.replace(stored)
-    except OSError as error:
-        raise InputError(f"runs_dir: {config.runs_dir} is not allowed; {run_dir}: {error.strerror}") from error
-    return run_dir
-
-
-def load_run_config(run_dir: str | Path) -> RunConfig:
-    """The configuration a run folder was trained with; its name and place are those of the folder."""
-    from omegaconf import OmegaConf
-
-    run_dir = Path(run_dir)
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise InputError(f"{run_dir}: it is not a run folder (no config.yaml)")
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(content, dict)
-    return parse_config(content | {"name": run_dir.resolve().name, "runs_dir": str(run_dir.parent)})
-
-
 def evaluate(
     run_dir: str | Path,
     *,
@@ -181,23 +127,6 @@ def evaluate(
     run_under_ray(run_worker, job, address=address)
     result: dict[str, Any] = json.loads((run_dir / f"evaluation-{split}.json").read_text())
     return result
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> set[str]:
-    found: set[str] = set()
-    for key in before.keys() | after.keys():
-        old, new, name = before.get(key), after.get(key), f"{prefix}{key}"
-        if isinstance(old, dict) and isinstance(new, dict) and key != "options":
-            found |= _differences(old, new, f"{name}.")
-        elif old != new and name not in ("name", "runs_dir"):
-            found.add(name)
-    return found
-
-
-def _at(content: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        content = content[part]
-    return content
 
 
 def _revision() -> dict[str, str]:

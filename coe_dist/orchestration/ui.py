@@ -9,8 +9,8 @@ import urllib.request
 from pathlib import Path
 
 from coe_dist.errors import InputError
-from coe_dist.orchestration.runs import load_run_config
 from coe_dist.tracking import ui_command
+from coe_dist.training.run_folder import load_run_config
 
 
 def serve(run: Path, port: int) -> int:

@@ -81,7 +81,8 @@ class Router:
         rank = self.groups.rank
         start = sum(sizes[:rank])
         plan = plan_exchange(experts_Nk, sizes, self.groups.placement, rank)
-        return Routing(plan, sizes, ids_N, experts_Nk, self.weights_k, slice(start, start + sizes[rank]))
+        weights_k = self.weights_k.to(experts_Nk.device)
+        return Routing(plan, sizes, ids_N, experts_Nk, weights_k, slice(start, start + sizes[rank]))
 
     def start_labels(
         self, losses_Bk: torch.Tensor, routing: Routing, step: int

@@ -246,9 +246,9 @@ def load(
         )
     for engine in engines:
         load_weights(save, engine.network, engine.name)
-        if optimizer:
-            state = torch.load(save / f"{network_file(engine.name)}.optim.pt", weights_only=True)
-            engine.load_optimizer_state(state)
+        path = save / f"{network_file(engine.name)}.optim.pt"
+        # also without a state: the engine may hold copies of the weights
+        engine.load_optimizer_state(torch.load(path, weights_only=True) if optimizer else {})
     position = Position(*(manifest[name] for name in ("step", "epoch", "step_in_epoch", "micro_step")))
     return position, manifest
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from coe_dist.coe.macs import exit_rate_for_budget
 from coe_dist.config import RunConfig
@@ -37,7 +39,31 @@ def check_run(config: RunConfig) -> NetworkBuilder:
     builder = NetworkBuilder(config, train)
     delegator_macs, expert_macs = builder.collaboration_macs()
     check_budget("early_exit.macs_budget", config.early_exit.macs_budget, delegator_macs, expert_macs)
+    check_empty_batches(builder)
     return builder
+
+
+def check_empty_batches(builder: NetworkBuilder) -> None:
+    """Under batchnorm: group a replica is called also when it has no images, because its statistics are collective."""
+    config = builder.config
+    if config.training.batchnorm != "group" or config.workers.count == 1:
+        return
+    called: list[tuple[str, str, Callable[[], torch.nn.Module]]] = [
+        ("delegator", config.delegator.network, builder.delegator)
+    ]
+    if config.workers.count > config.experts.count:  # experts have replicas
+        called.append(("experts", config.experts.network, lambda: builder.expert(0)))
+    side = config.data.resolution
+    for section, network, build in called:
+        try:
+            outputs = build()(torch.zeros(0, builder.info.channels, side, side, dtype=torch.uint8))
+            total = torch.stack([output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))])
+            total.sum().backward()  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(
+                f"training.batchnorm: group is not allowed with {section}.network: {network}, which cannot run on "
+                f"an empty batch ({str(error).splitlines()[0]}); set training.batchnorm: local"
+            ) from error
 
 
 def stored_labels(beton: Path) -> npt.NDArray[np.int64]:

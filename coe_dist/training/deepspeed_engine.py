@@ -189,6 +189,7 @@ class DeepSpeedEngine:
         return groups
 
     def load_optimizer_state(self, state: State) -> None:
+        """Must follow the loading of the weights: ZeRO steps from copies of its own, which are renewed here."""
         self._activate()
         if self.stage == 0:
             set_full_state(self.network, self.engine.optimizer, state)
@@ -196,6 +197,9 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         zero = self.engine.optimizer
+        zero.refresh_fp32_params()
+        if not state:
+            return
         names = {parameter: name for name, parameter in named_trainable(self.network)}
         for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
             for key, value in state.get(names[parameters[0]], {}).items():

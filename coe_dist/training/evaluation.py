@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from coe_dist.coe import early_exit
+from coe_dist.errors import TrainingError
 from coe_dist.parallel.batchnorm import average_statistics
 from coe_dist.parallel.exchange import combine, dispatch, plan_exchange
 from coe_dist.parallel.groups import Groups
@@ -51,7 +52,10 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, batches: Iterable[MicroBatch]) -> Records:
-        """Collective: every rank gives the same number of batches (some may be empty)."""
+        """Collective: every rank gives the same number of batches (some may be empty).
+
+        Raises TrainingError, on every rank, when the delegator's logits are not finite.
+        """
         engines = [self.delegator, *self.experts.values()]
         for engine in engines:
             average_statistics(engine.network, engine.group)
@@ -66,6 +70,8 @@ class Evaluator:
         table = gathered[order].cpu()
         ids = table[:, 0].long()
         assert len(ids) == len(torch.unique(ids)), "an image was evaluated twice"
+        if not bool(torch.isfinite(table[:, 2]).all()):
+            raise TrainingError("the delegator's class logits are not finite (NaN or infinity)")
         return Records(
             ids,
             table[:, 1].long(),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from coe_dist.config import OptimizerConfig
+if TYPE_CHECKING:
+    from coe_dist.config import OptimizerConfig
+
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:

@@ -29,6 +29,7 @@ from coe_dist.training.checkpoint import Position
 from coe_dist.training.job import Job
 from coe_dist.training.loop import Data, Loop
 from coe_dist.training.networks import NetworkBuilder
+from coe_dist.training.run_folder import check_folder, prepare_folder
 from coe_dist.training.tasks import CollaborationTask, Task, build_task
 
 
@@ -132,6 +133,9 @@ def main(arguments: list[str]) -> int:
             job = Job.model_validate_json(Path(arguments[0]).read_text())
         else:
             config = load_config(arguments[0], arguments[1:])
+            check_folder(config, overwrite=False)  # every rank refuses by itself, none waits for another
+            if os.environ.get("RANK", "0") == "0":
+                prepare_folder(config, overwrite=False)
             job = Job(task="train", config=config, run_dir=str(config.run_dir.absolute()))
         run_worker(job)
     except InputError as error:

@@ -30,7 +30,9 @@ def test_quick_run_has_every_peer_and_no_gap_to_the_exact_ones() -> None:
     assert [c["case"] for c in placed] == [
         {"where": where, "samples": 256, "experts": 4, "world_size": 2} for where in ("replicated", "rank0", "process")
     ]
-    assert all(set(c["ours"]) == {"seconds", "cpu_seconds", "spread"} and c["peers"] == {} for c in placed)
+    assert all(
+        set(c["ours"]) == {"seconds", "spread", "added_seconds", "cpu_seconds"} and c["peers"] == {} for c in placed
+    )
 
 
 @pytest.mark.parametrize("solver", [pot_emd, scipy_assignment, ortools_flow, base_auction])

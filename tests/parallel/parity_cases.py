@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from reference import BETA, GENERALIST, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Case, Outcome, batch_of, build_networks
 
-from coe_dist.config import OptimizerConfig, TrainingConfig
 from coe_dist.data.order import share
 from coe_dist.parallel.batchnorm import average_statistics, split_batchnorm
 from coe_dist.parallel.groups import Groups, create_groups
@@ -29,11 +29,12 @@ class ReplayRouter(Router):
 
     def route(self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int) -> Routing:
         free = super().route(selection_BE, ids_B, step)
-        return self.routing(self.recorded.dispatch_sets[step], free.ids_N, free.sizes)
+        return self.routing(self.recorded.dispatch_sets[step].to(free.ids_N.device), free.ids_N, free.sizes)
 
     def start_labels(self, losses_Bk: torch.Tensor, routing: Routing, step: int) -> Any:
         finish = super().start_labels(losses_Bk, routing, step)
-        return lambda: (self.recorded.labels[step][routing.rows], finish()[1])
+        labels_Bk = self.recorded.labels[step][routing.rows].to(losses_Bk.device)
+        return lambda: (labels_Bk, finish()[1])
 
 
 def solver_of(case: Case, groups: Groups) -> Solver:
@@ -46,9 +47,13 @@ def solver_of(case: Case, groups: Groups) -> Solver:
     return ReplicatedSolver(problems)
 
 
-def build_step(case: Case, groups: Groups, recorded: Outcome | None) -> CollaborationStep:
-    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    config = TrainingConfig(
+CPU = torch.device("cpu")
+
+
+def build_step(case: Case, groups: Groups, recorded: Outcome | None, device: torch.device = CPU) -> CollaborationStep:
+    # plain objects with the fields of OptimizerConfig and TrainingConfig: the GPU check has no pydantic
+    optimizer = SimpleNamespace(name="sgd", momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+    config = SimpleNamespace(
         engine=case.engine,
         zero_stage=case.zero_stage,
         clip_norm=case.clip_norm,
@@ -62,7 +67,7 @@ def build_step(case: Case, groups: Groups, recorded: Outcome | None) -> Collabor
         if expert is not None and expert not in groups.hosted:
             continue
         group = groups.world if expert is None else groups.experts[expert]
-        split_batchnorm(network.train(), case.batchnorm, group)
+        split_batchnorm(network.train(), case.batchnorm, group).to(device)
         engines[name] = build_engine(
             name, network, build_optimizer(network, optimizer, LEARNING_RATE), config, group, groups.alone
         )
@@ -87,12 +92,12 @@ def build_step(case: Case, groups: Groups, recorded: Outcome | None) -> Collabor
     )
 
 
-def run_case(case: Case, groups: Groups, recorded: Outcome | None) -> CollaborationStep:
-    step = build_step(case, groups, recorded)
+def run_case(case: Case, groups: Groups, recorded: Outcome | None, device: torch.device = CPU) -> CollaborationStep:
+    step = build_step(case, groups, recorded, device)
     for index in range(case.steps):
         batches = []
         for part in range(case.accumulation):
-            images, labels, ids = batch_of(case, index, part)
+            images, labels, ids = (tensor.to(device) for tensor in batch_of(case, index, part))
             rows = slice(*share(len(labels), groups.rank, groups.world.size))
             batches.append(MicroBatch(images[rows], labels[rows], ids[rows]))
         assert step.step(batches, StepSums()), "a gradient was not finite"
@@ -114,13 +119,13 @@ def largest_error(step: CollaborationStep, expected: Outcome) -> tuple[float, st
         ]
         for name, got, want in pairs:
             assert got.shape == want.shape, f"{engine.name} {name}: {got.shape} instead of {want.shape}"
-            error = float((got.detach() - want).abs().max() / want.abs().max().clamp_min(1e-6))
+            error = float((got.detach().cpu() - want).abs().max() / want.abs().max().clamp_min(1e-6))
             if not error <= worst:
                 worst, where = error, f"{engine.name}: {name}"
     return worst, where
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, device: torch.device = CPU) -> None:
     """cases.json: Case fields; <index>.pt: recorded outcome. Writes errors-<rank>.json."""
     cases = [Case(**fields) for fields in json.loads((folder / "cases.json").read_text())]
     by_experts: dict[int, Groups] = {}
@@ -130,7 +135,7 @@ def run(folder: Path) -> None:
             by_experts[case.experts] = create_groups(case.experts, timeout_seconds=60)
         groups = by_experts[case.experts]
         expected = torch.load(folder / f"{index}.pt", weights_only=False)
-        step = run_case(case, groups, expected if case.replay else None)
+        step = run_case(case, groups, expected if case.replay else None, device)
         step.router.solver.close()
         errors.append(largest_error(step, expected))
     (folder / f"errors-{groups.rank}.json").write_text(json.dumps(errors))

@@ -1,0 +1,204 @@
+"""What a run's checkpoint holds, read from its files alone: no process group, no data set, no network is built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coe_dist.config import RunConfig, parse_config
+from coe_dist.errors import InputError
+from coe_dist.tracking.journal import read_metrics
+from coe_dist.training.checkpoint import (
+    FORMAT,
+    Position,
+    complete_saves,
+    damage,
+    latest_valid,
+    network_file,
+    sha256_of,
+    stems,
+)
+
+SHORT = 12  # hex digits of a sha256 that a table shows
+
+
+@dataclass(frozen=True)
+class Collaboration:
+    """The newest valid save of a collaboration's run."""
+
+    save: Path
+    manifest: dict[str, Any]
+    config: RunConfig  # the one it was trained with
+    warnings: list[str]  # one for each newer save that is damaged
+
+
+def open_collaboration(run_dir: Path) -> Collaboration:
+    """Verifies every file of the newest save, and falls back to the one before where it must.
+
+    Raises InputError when no save is valid, or when it is not that of a collaboration.
+    """
+    save, warnings = latest_valid(run_dir / "checkpoints")
+    if save is None:
+        reason = f" ({warnings[0].split('; falling back')[0]})" if warnings else ""
+        raise InputError(f"{run_dir}: it holds no valid checkpoint{reason}")
+    manifest = json.loads((save / "manifest.json").read_text())
+    if "delegator.safetensors" not in manifest["files"]:
+        raise InputError(f"{run_dir}: it is the run of a single network; give the run of a collaboration")
+    config = parse_config(manifest.get("config"))
+    missing = [stem for stem in map(network_file, stems(config.experts.count)) if not _holds(manifest, stem)]
+    if missing or manifest["experts"] != config.experts.count:
+        raise InputError(
+            f"{save}: its manifest names {manifest['experts']} experts, its configuration {config.experts.count}"
+            + (f"; {missing[0]}.safetensors is missing" if missing else "")
+        )
+    return Collaboration(save, manifest, config, warnings)
+
+
+def recorded_loads(run_dir: Path, experts: int) -> tuple[list[float], str] | None:
+    """The fraction of images for which each of the experts was selected, and the file that says so; None: not recorded.
+
+    In this order: evaluation-validation.json; the newest validation in metrics.jsonl; the newest portions of training
+    there, which say little because training balances them.
+    """
+    evaluation = run_dir / "evaluation-validation.json"
+    try:
+        load = json.loads(evaluation.read_text())["load"]
+        if len(load) == experts:
+            return [float(share) for share in load], evaluation.name
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    for field in ("val_load", "load"):
+        names, found = [f"expert/{expert:02d}/{field}" for expert in range(experts)], None
+        for record in read_metrics(run_dir):
+            metrics = record.get("metrics") or {}
+            if sorted(name for name in metrics if name.endswith(f"/{field}")) == sorted(names):
+                found = [float(metrics[name]) for name in names]
+        if found is not None:
+            return found, "metrics.jsonl"
+    return None
+
+
+def described(weights: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """channels, classes (their number), mean and std of a network of ours, from its weights alone."""
+    try:
+        mean, std = (weights[f"normalise.{name}"].flatten().tolist() for name in ("mean", "std"))
+        return {"channels": len(mean), "classes": len(weights["class_head.weight"]), "mean": mean, "std": std}
+    except KeyError as error:
+        raise InputError(f"{path}: {error.args[0]} is missing; it is not a network of this project") from None
+
+
+def inspect_run(run_dir: Path) -> dict[str, Any]:
+    """Describes the newest save that has a readable manifest, also when files of it are damaged.
+
+    Keys: run, checkpoint, step, epoch, step_in_epoch, micro_step, experts, valid, resumes_from (the save that training
+    would go on from, or null), networks, loads_from, scaled (see coe_dist.training.scaling; null), warnings. Each
+    network: name, sha256 (of its weights' file as it is on the disk; null when there is none), bytes, load (fraction of
+    images; null when not recorded), weights and optimizer ("ok", or what is wrong with the file).
+    Raises InputError when there is no save, or none with a readable manifest.
+    """
+    folder, warnings = run_dir / "checkpoints", []
+    for save in complete_saves(folder):
+        manifest = _manifest(save)
+        if manifest is not None:
+            break
+        warnings.append(f"{save}: {damage(save)}")
+    else:
+        reason = f" ({warnings[0]})" if warnings else ""
+        raise InputError(f"{run_dir}: it holds no checkpoint with a readable manifest{reason}")
+    experts, files = manifest["experts"], manifest["files"]
+    collaboration = any(name.startswith(("delegator", "expert")) for name in files)
+    names = list(stems(experts)) if collaboration else sorted({name.split(".")[0] for name in files})
+    loads = recorded_loads(run_dir, experts) if collaboration else None
+    networks = [_network(save, files, name) for name in names]
+    for network in networks:
+        number = network["name"].removeprefix("expert ")
+        network["load"] = loads[0][int(number)] if loads and number.isdigit() else None
+    known = {f"{network_file(name)}.{end}" for name in names for end in ("safetensors", "optim.pt")}
+    warnings += [f"{name}: {_state(save, files, name)}" for name in sorted(set(files) - known)]
+    valid = not damage(save)
+    return {
+        "run": str(run_dir),
+        "checkpoint": save.name,
+        **{key: manifest[key] for key in vars(Position())},
+        "experts": experts,
+        "valid": valid,
+        "resumes_from": save.name if valid else _name(latest_valid(folder)[0]),
+        "networks": networks,
+        "loads_from": loads[1] if loads else None,
+        "scaled": manifest.get("scaled"),
+        "warnings": warnings,
+    }
+
+
+def show_inspection(result: dict[str, Any]) -> None:
+    """Prints what inspect_run found."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    table = Table(title=f"{result['run']}: {result['checkpoint']}, step {result['step']}, epoch {result['epoch']}")
+    for heading in ("network", "sha256", "bytes", "chosen for", "weights", "optimizer"):
+        table.add_column(heading, justify="right" if heading in ("bytes", "chosen for") else "left")
+    for network in result["networks"]:
+        table.add_row(
+            network["name"],
+            (network["sha256"] or "")[:SHORT],
+            f"{network['bytes']:,}",
+            "" if network["load"] is None else f"{100 * network['load']:.2f}%",
+            network["weights"],
+            network["optimizer"],
+        )
+    console.print(table)
+    for warning in result["warnings"]:
+        console.print(warning, markup=False)
+    if result["valid"]:
+        console.print("every file verifies")
+    else:
+        console.print(f"damaged; training would go on from {result['resumes_from'] or 'the beginning'}")
+    if result["scaled"]:
+        console.print(f"scaled from {result['scaled']['run']}; experts come from {result['scaled']['parents']}")
+
+
+def _holds(manifest: dict[str, Any], stem: str) -> bool:
+    return f"{stem}.safetensors" in manifest["files"]
+
+
+def _name(save: Path | None) -> str | None:
+    return None if save is None else save.name
+
+
+def _manifest(save: Path) -> dict[str, Any] | None:
+    """The manifest, or None when it is not readable. Raises InputError for another format version."""
+    try:
+        manifest = json.loads((save / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
+        damage(save)  # refuses it
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return None
+    return None if any(type(manifest.get(key)) is not int for key in ("experts", *vars(Position()))) else manifest
+
+
+def _network(save: Path, files: dict[str, str], name: str) -> dict[str, Any]:
+    weights, optimizer = (f"{network_file(name)}.{end}" for end in ("safetensors", "optim.pt"))
+    path = save / weights
+    return {
+        "name": name,
+        "sha256": sha256_of(path) if path.is_file() else None,
+        "bytes": path.stat().st_size if path.is_file() else 0,
+        "weights": _state(save, files, weights),
+        "optimizer": _state(save, files, optimizer),
+    }
+
+
+def _state(save: Path, files: dict[str, str], name: str) -> str:
+    if name not in files:
+        return "not in the manifest"
+    if Path(name).name != name or not (save / name).is_file():
+        return "missing"
+    return "ok" if sha256_of(save / name) == files[name] else "does not match its sha256"
