@@ -1,0 +1,133 @@
+"""Run folders for tests: one from a real training on two ranks, and small ones made in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from small_data import small_config
+
+from coe_dist.config import load_config, parse_config
+from coe_dist.data.sidecar import SplitInfo
+from coe_dist.parallel.groups import create_groups
+from coe_dist.training import checkpoint
+from coe_dist.training.checkpoint import Position
+from coe_dist.training.job import Job
+from coe_dist.training.networks import NetworkBuilder, collaboration_engines
+
+CLASSES = tuple("abcdefghij")
+INFO = SplitInfo(
+    source="test",
+    split="train",
+    classes=CLASSES,
+    count=10,
+    counts_per_class=(1,) * 10,
+    channels=1,
+    shape=(28, 28),
+    mean=(0.3,),
+    std=(0.35,),
+    bytes=1,
+    sha256="0" * 64,
+)
+
+
+def images_of(count: int, seed: int = 0) -> torch.Tensor:
+    """uint8 [count,1,28,28] of different brightness, grain and side of the light, for networks to answer differently."""
+    generator = torch.Generator().manual_seed(seed)
+    brightness, share = torch.rand(2, count, 1, 1, 1, generator=generator)
+    ramp = torch.linspace(0, 1, 28).expand(28, 28)
+    ramps = torch.stack([ramp, ramp.flip(1), ramp.T, ramp.T.flip(0)])[
+        torch.randint(0, 4, (count,), generator=generator)
+    ]
+    grain = torch.rand(count, 1, 28, 28, generator=generator)
+    return (255 * brightness * (share * grain + (1 - share) * ramps[:, None])).to(torch.uint8)
+
+
+def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sections: Any) -> Path:
+    """A run folder with a save after each of `steps`: real engines, optimizer steps on noise, momentum everywhere, and
+    a selection head that uses all experts."""
+    sections = {"experts": {"count": experts, "per_sample": 3}, **sections}
+    config = parse_config(small_config(folder / "no-data", folder, **sections))
+    groups = create_groups(experts, timeout_seconds=60)
+    delegator, hosted = collaboration_engines(config, NetworkBuilder(config, INFO), groups, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        delegator.network.selection_head.weight.normal_(generator=generator)
+        delegator.network.selection_head.bias.normal_(generator=generator)
+    for step in range(1, max(steps) + 1):
+        images, labels = images_of(32, step), torch.randint(0, 10, (32,), generator=generator)
+        chosen = torch.randint(0, experts, (32,), generator=generator)
+        for engine in (delegator, *hosted.values()):
+            output = engine(images)
+            loss = F.cross_entropy(output[0] if engine is delegator else output, labels)
+            if engine is delegator:
+                loss = loss + F.cross_entropy(output[1], chosen)
+            engine.backward(loss, last=True)
+            assert engine.step()
+        if step in steps:
+            _level(delegator.network)
+            checkpoint.save(
+                config.run_dir / "checkpoints",
+                [delegator, *hosted.values()],
+                groups,
+                Position(step, 0, step, step),
+                config_digest=config.digest(),
+                extra={"config": config.model_dump(mode="json")},
+                keep=len(steps),
+            )
+    return config.run_dir
+
+
+def _level(network: torch.nn.Module) -> None:
+    """Takes the mean from the selection logits, so that every expert is the best of some images."""
+    network.eval()
+    with torch.no_grad():
+        network.selection_head.bias -= network(images_of(200, seed=5))[1].mean(0)
+    network.train()
+
+
+def write_loads(run: Path, load: Sequence[float], threshold: float | None = None) -> None:
+    (run / "evaluation-validation.json").write_text(json.dumps({"load": list(load), "threshold": threshold}))
+
+
+def run_jobs(folder: Path) -> None:
+    """On every rank: the jobs of <folder>/jobs.json; keeps each one's evaluation-test.json as result-<number>.json."""
+    import torch.distributed as dist
+
+    from coe_dist.training.worker import run_worker
+
+    for number, content in enumerate(json.loads((folder / "jobs.json").read_text())):
+        job = Job.model_validate(content)
+        run_worker(job)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.copy(Path(job.run_dir) / "evaluation-test.json", folder / f"result-{number}.json")
+
+
+def run_on_two_ranks(folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Runs the jobs one after the other; returns the content of evaluation-test.json after each."""
+    (folder / "jobs.json").write_text(json.dumps([job.model_dump(mode="json") for job in jobs]))
+    run_ranks(2, "trained_run:run_jobs", folder)
+    return [json.loads((folder / f"result-{number}.json").read_text()) for number in range(len(jobs))]
+
+
+def job_of(run: Path, task: str, *overrides: str) -> Job:
+    return Job(task=task, config=load_config(run / "config.yaml", overrides), run_dir=str(run))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def real_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three experts, two epochs of 101 images of Fashion-MNIST, trained on two ranks."""
+    folder = tmp_path_factory.mktemp("real")
+    config = parse_config(small_config(small_data, folder))
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    run_on_two_ranks(folder, [job_of(config.run_dir, "train")])
+    return config.run_dir
