@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
-from small_data import small_config
+from small_data import small_config, write_small
 
 from coe_dist.config import load_config, parse_config
 from coe_dist.data.sidecar import SplitInfo
@@ -39,13 +38,12 @@ INFO = SplitInfo(
 
 
 def images_of(count: int, seed: int = 0) -> torch.Tensor:
-    """uint8 [count,1,28,28] of different brightness, grain and side of the light, for networks to answer differently."""
+    """uint8 [count,1,28,28] of different brightness, grain and side of the light."""
     generator = torch.Generator().manual_seed(seed)
     brightness, share = torch.rand(2, count, 1, 1, 1, generator=generator)
     ramp = torch.linspace(0, 1, 28).expand(28, 28)
-    ramps = torch.stack([ramp, ramp.flip(1), ramp.T, ramp.T.flip(0)])[
-        torch.randint(0, 4, (count,), generator=generator)
-    ]
+    sides = torch.randint(0, 4, (count,), generator=generator)
+    ramps = torch.stack([ramp, ramp.flip(1), ramp.T, ramp.T.flip(0)])[sides]
     grain = torch.rand(count, 1, 28, 28, generator=generator)
     return (255 * brightness * (share * grain + (1 - share) * ramps[:, None])).to(torch.uint8)
 
@@ -58,9 +56,6 @@ def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sect
     groups = create_groups(experts, timeout_seconds=60)
     delegator, hosted = collaboration_engines(config, NetworkBuilder(config, INFO), groups, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        delegator.network.selection_head.weight.normal_(generator=generator)
-        delegator.network.selection_head.bias.normal_(generator=generator)
     for step in range(1, max(steps) + 1):
         images, labels = images_of(32, step), torch.randint(0, 10, (32,), generator=generator)
         chosen = torch.randint(0, experts, (32,), generator=generator)
@@ -72,7 +67,7 @@ def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sect
             engine.backward(loss, last=True)
             assert engine.step()
         if step in steps:
-            _level(delegator.network)
+            _spread_selection(delegator.network)
             checkpoint.save(
                 config.run_dir / "checkpoints",
                 [delegator, *hosted.values()],
@@ -85,11 +80,17 @@ def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sect
     return config.run_dir
 
 
-def _level(network: torch.nn.Module) -> None:
-    """Takes the mean from the selection logits, so that every expert is the best of some images."""
+def _spread_selection(network: torch.nn.Module) -> None:
+    """A selection head on the whitened main directions of the features, so that each of up to 8 experts is chosen."""
     network.eval()
     with torch.no_grad():
-        network.selection_head.bias -= network(images_of(200, seed=5))[1].mean(0)
+        features = network.trunk(network.normalise(images_of(200, seed=5)))
+        mean = features.mean(0)
+        _, strength, directions = torch.linalg.svd(features - mean, full_matrices=False)
+        head = network.selection_head
+        mix = torch.cat([torch.eye(4), -torch.eye(4)])[: len(head.weight)]
+        head.weight.copy_(mix.to(mean.dtype) @ (directions[:4] / strength[:4, None] * 200**0.5))
+        head.bias.copy_(-head.weight @ mean)
     network.train()
 
 
@@ -122,12 +123,14 @@ def job_of(run: Path, task: str, *overrides: str) -> Job:
     return Job(task=task, config=load_config(run / "config.yaml", overrides), run_dir=str(run))  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="session")
-def real_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three experts, two epochs of 101 images of Fashion-MNIST, trained on two ranks."""
-    folder = tmp_path_factory.mktemp("real")
-    config = parse_config(small_config(small_data, folder))
-    config.run_dir.mkdir()
-    (config.run_dir / "config.yaml").write_text(config.to_yaml())
-    run_on_two_ranks(folder, [job_of(config.run_dir, "train")])
+def real_run(base: Path) -> Path:
+    """Three experts, two epochs of 101 images of Fashion-MNIST (in <base>/real/data), trained on two ranks; once per
+    `base`, for which tests give their session's temporary folder."""
+    folder = base / "real"
+    config = parse_config(small_config(folder / "data", folder))
+    if not folder.exists():
+        config.run_dir.mkdir(parents=True)
+        write_small(folder / "data")
+        (config.run_dir / "config.yaml").write_text(config.to_yaml())
+        run_on_two_ranks(folder, [job_of(config.run_dir, "train")])
     return config.run_dir

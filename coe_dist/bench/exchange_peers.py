@@ -57,7 +57,14 @@ class DeepSpeedExchange:
         self.favourable = favourable
         expert = _TokenExpert(build(0), shape, CLASSES if favourable else token)
         layer = MoE(
-            token, expert, num_experts=experts, ep_size=world_size, k=1, drop_tokens=False, use_rts=False, min_capacity=0
+            token,
+            expert,
+            num_experts=experts,
+            ep_size=world_size,
+            k=1,
+            drop_tokens=False,
+            use_rts=False,
+            min_capacity=0,
         )
         layer.deepspeed_moe.gate = _assigned_gate(token, experts)
         layer.set_deepspeed_parallelism()

@@ -109,9 +109,7 @@ def _equal(ways: dict[str, Way], work: Work) -> bool:
         ]
         results[name] = [losses_B, *gradients]
     same = all(
-        _close(ours, peer)
-        for name in results
-        for ours, peer in zip(results["ours"], results[name], strict=True)
+        _close(ours, peer) for name in results for ours, peer in zip(results["ours"], results[name], strict=True)
     )
     flag = torch.tensor(int(same))
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)

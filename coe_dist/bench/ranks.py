@@ -120,11 +120,13 @@ def alternate(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[s
 
 
 def summary(taken: list[Seconds]) -> Record:
-    """Medians {"seconds", "cpu_seconds"}, and "spread" = (slowest - fastest) / median."""
+    """Medians {"seconds", "cpu_seconds"}, "spread" = (slowest - fastest) / median, and "fastest_seconds", which tells
+    more than the median where the machine has other work."""
     wall = [one[0] for one in taken]
     median = statistics.median(wall)
     return {
         "seconds": median,
         "spread": (max(wall) - min(wall)) / median if median else 0.0,
+        "fastest_seconds": min(wall),
         "cpu_seconds": statistics.median(one[1] for one in taken),
     }

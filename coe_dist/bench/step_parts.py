@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,9 +35,9 @@ class Clock:
 class _TimedEngine:
     """Stands in for an engine of the step; what is not timed is the engine's own."""
 
-    def __init__(self, engine: Any, clock: Clock, forward: str, backward: str) -> None:
+    def __init__(self, engine: Any, clock: Clock, forward: str | None, backward: str) -> None:
         self._engine = engine
-        self._call = clock.timing(forward, engine)
+        self._call = engine if forward is None else clock.timing(forward, engine)
         self.backward = clock.timing(backward, engine.backward)
         self.step = clock.timing("optimizer", engine.step)
 
@@ -60,15 +61,12 @@ def _replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def parts_of(step: CollaborationStep, batch: MicroBatch, repeats: int) -> dict[str, float]:
-    """Mean seconds of each part over `repeats` steps. `experts` holds their forward pass, losses and backward pass.
+    """Median seconds of each part over `repeats` steps. `experts` holds their forward pass, losses and backward pass.
     Collective."""
     clock = Clock()
-    router, engines = step.router, step.experts
-    # the experts' forward is timed as a whole, with its losses: only their backward is timed engine by engine
-    experts = {expert: _TimedEngine(engine, Clock(), "experts", "experts") for expert, engine in engines.items()}
-    for expert, timed in experts.items():
-        timed.backward = clock.timing("experts", engines[expert].backward)
-        timed.step = clock.timing("optimizer", engines[expert].step)
+    router = step.router
+    # the experts' forward pass is timed as a whole, with their losses
+    experts = {expert: _TimedEngine(engine, clock, None, "experts") for expert, engine in step.experts.items()}
     with (
         _replaced(step, delegator=_TimedEngine(step.delegator, clock, "delegate", "delegator_backward")),
         _replaced(step, experts=experts, _expert_losses=clock.timing("experts", step._expert_losses)),
@@ -83,6 +81,9 @@ def parts_of(step: CollaborationStep, batch: MicroBatch, repeats: int) -> dict[s
             start_labels=clock.timing("labels", router.start_labels, result=True),
         ),
     ):
+        taken = []
         for _ in range(repeats):
+            clock.seconds = dict.fromkeys(PARTS, 0.0)
             step.step([batch], StepSums())
-    return {part: seconds / repeats for part, seconds in clock.seconds.items()}
+            taken.append(clock.seconds)
+    return {part: statistics.median(seconds[part] for seconds in taken) for part in PARTS}

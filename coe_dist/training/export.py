@@ -53,10 +53,10 @@ def pretrained_config(run_dir: Path, source: Collaboration) -> PretrainedConfig:
         "delegator": NetworkConfig(network=config.delegator.network, options=config.delegator.options),
         "experts": NetworkConfig(network=config.experts.network, options=config.experts.options),
         "count": config.experts.count,
+        "threshold": _threshold(run_dir, source),
         **shape,
         "classes": _class_names(run_dir, source, shape["classes"]),
         "resolution": config.data.resolution,
-        "threshold": _threshold(run_dir, source),
         "final": config.early_exit.final,
         "delegator_macs": 1,  # until the networks are there to be counted
         "expert_macs": [1] * config.experts.count,

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from coe_dist.config import OptimizerConfig
 
 
-
 def build_optimizer(network: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
     """SGD or AdamW with two groups: weight decay on matrices and kernels, none on vectors and scalars (norms, biases,
     activations' own parameters). Asserts that every trainable parameter is in exactly one group."""

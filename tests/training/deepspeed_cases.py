@@ -144,7 +144,7 @@ def run(folder: Path) -> None:
     groups = create_groups(2, timeout_seconds=60)
     prepare_deepspeed()
     import deepspeed.ops
-    from deepspeed.ops.op_builder import ALL_OPS
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
     result = {
         "known": "deepspeed_shm_comm" in ALL_OPS,
