@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from trained_run import CLASSES, images_of, real_run, small_run, write_loads
 
 from coe_dist import cli
-from coe_dist.coe.early_exit import probabilities
+from coe_dist.coe.early_exit import confidence
 from coe_dist.coe.macs import count_macs
 from coe_dist.data.loader import SplitLoader
 from coe_dist.data.sidecar import read_sidecar
@@ -45,8 +45,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     run = small_run(folder, 3)
     (run / "details-test.json").write_text(json.dumps({"classes": CLASSES}))
     export_weights(run, folder / "first")
-    confidence_N = probabilities(CollaborationOfExperts.from_pretrained(folder / "first").delegator(images_of(200))[0])
-    write_loads(run, [0.2, 0.3, 0.5], threshold=float(confidence_N.amax(1).quantile(0.6)))
+    with torch.no_grad():
+        logits_NC, _ = CollaborationOfExperts.from_pretrained(folder / "first").delegator(images_of(200))
+    write_loads(run, [0.2, 0.3, 0.5], threshold=float(confidence(logits_NC).quantile(0.6)))
     assert export_weights(run, folder / "weights") == []
     return run, folder / "weights"
 

@@ -7,11 +7,12 @@
    (not on running statistics): S times the root mean square of the tensor, normally distributed.
 3. Delegator. Row j of the selection head, and of its optimizer state, is the old row parents[j], exactly.
 
-All of it is our own rule. About the copied row: parent and child have equal selection logits, so inference, which takes
-the lowest id of equal ones, goes on choosing the parent; without noise every answer, and so the accuracy, is what it
-was. In the softmax the two together get more than the parent had (at most twice); lowering both biases by log 2 would
-give its share back but let other experts overtake the pair, which would change answers. In training the balanced
-assignment breaks the ties by a hash of (sample, expert), so both copies get images from the first step on and part.
+All of it is our own rule. About the copied row: parent and child have equal selection logits (up to a matrix product's
+rounding, which decides between them), so inference chooses one of them where it chose the parent; without noise they
+are the same network, hence every answer, and so the accuracy, stays. In the softmax the two together get more than the
+parent had (at most twice); lowering both biases by log 2 would give its share back but let other experts overtake the
+pair, which would change answers. In training the balanced assignment breaks the ties by a hash of (sample, expert), so
+both copies get images from the first step on and part, also without noise.
 """
 
 from __future__ import annotations
