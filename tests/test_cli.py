@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_data import IMAGES, small_config, write_config, write_small
 
-from coe_dist.cli import app, data_app
+from coe_dist.cli import app, data_app, export_app
 from coe_dist.config import load_config, parse_config
 from coe_dist.data.sidecar import SPLITS, read_sidecar, write_sidecar
 from coe_dist.errors import InputError
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     *(command.name or command.callback.__name__ for command in app.registered_commands if command.callback),
     *(f"data {command.name}" for command in data_app.registered_commands),
+    *(f"export {command.name}" for command in export_app.registered_commands),
 ]
 HEAVY = ("torch", "ray", "deepspeed", "mlflow", "ffcv", "timm", "numpy")
 

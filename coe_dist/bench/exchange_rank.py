@@ -117,7 +117,7 @@ def _equal(ways: dict[str, Way], work: Work) -> bool:
 
 
 def _close(ours: torch.Tensor, peer: torch.Tensor) -> bool:
-    return float((ours - peer).abs().max()) <= TOLERANCE * float(ours.abs().max())
+    return float((ours - peer).detach().abs().max()) <= TOLERANCE * float(ours.detach().abs().max())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from coe_dist.parallel.exchange import combine, dispatch
 from coe_dist.training import step as moves
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
 
@@ -72,8 +73,8 @@ def parts_of(step: CollaborationStep, batch: MicroBatch, repeats: int) -> dict[s
         _replaced(step, experts=experts, _expert_losses=clock.timing("experts", step._expert_losses)),
         _replaced(
             moves,
-            dispatch=clock.timing("dispatch", moves.dispatch),
-            combine=clock.timing("combine", moves.combine, result=True),
+            dispatch=clock.timing("dispatch", dispatch),
+            combine=clock.timing("combine", combine, result=True),
         ),
         _replaced(
             router,

@@ -7,6 +7,7 @@ with its multi-tensor kernels; nothing is checked for finiteness.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,9 @@ class RecordingRouter(Router):
         self.routing_kept = super().route(selection_BE, ids_B, step)
         return self.routing_kept
 
-    def start_labels(self, losses_Bk: torch.Tensor, routing: Routing, step: int):  # type: ignore[no-untyped-def]
+    def start_labels(
+        self, losses_Bk: torch.Tensor, routing: Routing, step: int
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         finish = super().start_labels(losses_Bk, routing, step)
 
         def keep() -> tuple[torch.Tensor, torch.Tensor]:

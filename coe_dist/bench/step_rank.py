@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from coe_dist.bench.ranks import alternate, serve, summary
 from coe_dist.bench.record import Record
 from coe_dist.bench.step_parts import parts_of
-from coe_dist.bench.step_peers import PlainLoop, RecordingRouter, plain_batch
+from coe_dist.bench.step_peers import PlainBatch, PlainLoop, RecordingRouter, plain_batch
 from coe_dist.bench.step_system import build_step, configuration, global_batch, network_builder, rank_share
 from coe_dist.coe.warm_up import warm_up
 from coe_dist.config import RunConfig
@@ -29,14 +30,16 @@ def measure(request: Record) -> Record:
     torch.manual_seed(0)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batches = [rank_share(global_batch(request["samples"], seed), rank, world_size) for seed in range(BATCHES)]
-    works, steps, equal = {}, {}, {}
+    works: dict[str, Callable[[], object]] = {}
+    steps: dict[int, CollaborationStep] = {}
+    equal: dict[int, bool] = {}
     for index, system in enumerate(request["systems"]):
         config = configuration(per_sample=request["experts_per_sample"], batch=request["samples"], **system)
         step = build_step(config, create_groups(system["experts"], timeout_seconds=60))
         if world_size == 1:
             plain, batch, equal[index] = _peer(config, step, batches[0])
-            works[f"plain {index}"] = lambda plain=plain, batch=batch: plain.step(batch)
-        works[f"ours {index}"] = lambda step=step, turn=cycle(batches): _one_step(step, next(turn))
+            works[f"plain {index}"] = partial(plain.step, batch)
+        works[f"ours {index}"] = partial(_next_step, step, cycle(batches))
         steps[index] = step
     torch.set_num_threads(1)  # DeepSpeed changes it
     alternate(works, 2)  # warm up
@@ -53,21 +56,25 @@ def measure(request: Record) -> Record:
     return {"answers": answers}
 
 
+def _next_step(step: CollaborationStep, batches: Iterator[MicroBatch]) -> None:
+    _one_step(step, next(batches))
+
+
 def _one_step(step: CollaborationStep, batch: MicroBatch) -> None:
     assert step.step([batch], StepSums()), "a gradient was not finite"
 
 
-def _peer(config: RunConfig, step: CollaborationStep, batch: MicroBatch):  # type: ignore[no-untyped-def]
+def _peer(config: RunConfig, step: CollaborationStep, batch: MicroBatch) -> tuple[PlainLoop, PlainBatch, bool]:
     """The plain loop, its batch, and whether one step of it gave the parameters that ours gave."""
     builder = network_builder(config)
     plain = PlainLoop(
         builder.delegator(), [builder.expert(e) for e in range(config.experts.count)], config.training.optimizer
     )
-    router = RecordingRouter(step.router)
-    step.router = router
+    original, recorder = step.router, RecordingRouter(step.router)
+    step.router = recorder
     _one_step(step, batch)
-    step.router = copy.copy(router)
-    recorded = plain_batch(batch, router)
+    step.router = original
+    recorded = plain_batch(batch, recorder)
     plain.step(recorded)
     ours = [step.delegator.network, *(step.experts[e].network for e in sorted(step.experts))]
     return plain, recorded, all(map(_equal, ours, plain.networks))

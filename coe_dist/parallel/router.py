@@ -70,7 +70,7 @@ class Router:
         selection_NE, sizes = self.groups.world.all_gather_rows(selection_BE.detach())
         ids_N, _ = self.groups.world.all_gather_rows(ids_B, sizes)
         if not bool(torch.isfinite(selection_NE).all()):
-            raise NonFiniteError(f"step {step}: the delegator's selection logits are not finite (NaN or infinity)")
+            raise NonFiniteError("the delegator's selection logits are not finite (NaN or infinity)")
         assignment_N = self.solver.assign(selection_NE, ids_N, sizes)
         permutation = modules.step_permutation(self.seed, step, self.experts)
         experts_Nk = modules.dispatch_sets(assignment_N, permutation, experts=self.experts, per_sample=self.per_sample)
@@ -95,7 +95,7 @@ class Router:
         losses_Nk, _ = self.groups.world.all_gather_rows(losses_Bk, routing.sizes)
         if not bool(torch.isfinite(losses_Nk).all()):
             broken = torch.unique(routing.experts_Nk[~torch.isfinite(losses_Nk)]).tolist()
-            raise NonFiniteError(f"step {step}: the losses of experts {broken} are not finite (NaN or infinity)")
+            raise NonFiniteError(f"the losses of experts {broken} are not finite (NaN or infinity)")
         pending = self.solver.start_labels(losses_Nk, routing.experts_Nk, routing.ids_N, routing.sizes)
         variance_N = modules.variance_weights(losses_Nk) if self.variance else torch.ones_like(losses_Nk[:, 0])
 

@@ -109,7 +109,8 @@ def gradient_norm(network: nn.Module) -> torch.Tensor:
 def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """2-norm over all elements of tensors of one device, a scalar; a third of the time of torch's function of this
     name, which first groups them by device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return norm
 
 
 def clip_gradients(network: nn.Module, norm: float, limit: float) -> None:

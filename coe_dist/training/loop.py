@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -166,7 +165,7 @@ class Loop:
                     return
             problem = f"a gradient is not finite ({', '.join(sums.skipped) or 'of a network on another rank'})"
         except NonFiniteError as error:
-            problem = re.sub(r"^step \d+: ", "", str(error))  # the router's number counts micro-batches
+            problem = str(error)
         problem = f"step {step + 1}: {problem}"
         if self.config.training.non_finite == "stop":
             raise TrainingError(

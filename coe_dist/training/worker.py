@@ -73,14 +73,18 @@ def _train(job: Job, task: Task, data: Data, position: Position) -> None:
 
 
 def _evaluate(job: Job, task: CollaborationTask, data: Data) -> None:
-    splits: tuple[str, ...] = ("validation",) if job.split == "validation" else ("test",)
-    if job.macs_budget is not None and job.split == "test":
-        splits = ("validation", "test")  # the threshold is always calibrated on validation
+    """The threshold is the one asked for, else the one stored with the run, else the configuration's."""
+    budget, given = job.macs_budget, job.threshold
     stored = Path(job.run_dir) / "evaluation-validation.json"
-    given = job.threshold
-    if given is None and job.macs_budget is None and stored.is_file():
-        given = json.loads(stored.read_text())["threshold"]
-    task.report(data.batches, splits, budget=job.macs_budget, given=given)
+    if budget is None and given is None:
+        if stored.is_file():
+            given = json.loads(stored.read_text())["threshold"]
+        else:
+            budget, given = job.config.early_exit.macs_budget, job.config.early_exit.threshold
+    splits: tuple[str, ...] = (job.split,)
+    if budget is not None and job.split == "test":
+        splits = ("validation", "test")  # a threshold is always calibrated on validation
+    task.report(data.batches, splits, budget=budget, given=given)
 
 
 def _resume(job: Job, task: Task, groups: Groups) -> Position:
