@@ -53,7 +53,7 @@ PC
 export PKG_CONFIG_PATH=$shim${PKG_CONFIG_PATH:+:$PKG_CONFIG_PATH}
 
 say "python packages (several minutes the first time)"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 # torch first: its exact build is what everything after it must resolve against
 "${pip[@]}" install "torch>=2.11,<2.15" "torchvision>=0.26,<0.30"
 "${pip[@]}" install -e ".${extra:+[$extra]}"
