@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Write and inspect data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Write data sets.")
 app.add_typer(data_app, name="data")
 export_app = typer.Typer(no_args_is_help=True, help="Turn a run into something that needs no run.")
 app.add_typer(export_app, name="export")
@@ -77,15 +77,15 @@ def demo(
     show_summary(run_demo(settings, overwrite=overwrite), settings.run_dir)
 
 
-@app.command(epilog="Example: coe-dist evaluate runs/demo --macs-budget 200000 --json")
+@app.command(epilog="Example: coe-dist evaluate runs/demo --macs-budget 15000 --json")
 def evaluate(
     run: RunPath,
     split: Annotated[Literal["validation", "test"], typer.Option(help="Which images.")] = "test",
     macs_budget: Annotated[
-        float | None, typer.Option(help="Average MACs per image; the threshold is calibrated on validation.")
+        float | None, typer.Option(help="Average MACs per image; its threshold is calibrated on validation and kept.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Delegator confidence from which an image exits early.")
+        float | None, typer.Option(help="Delegator confidence from which images exit early; not kept.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
     as_json: AsJson = False,

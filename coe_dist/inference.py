@@ -113,6 +113,19 @@ class CollaborationOfExperts(collaboration.CollaborationOfExperts):
         model.classes, model.channels, model.resolution = tuple(config.classes), config.channels, config.resolution
         return model.eval()
 
+    def forward(self, images_NCHW: torch.Tensor) -> collaboration.Answer:
+        """See coe_dist.coe.collaboration; images uint8 [N, channels, H, W], normalised inside.
+
+        Raises InputError for another dtype (floats in 0 to 1 would be answered wrongly without a word) or shape.
+        """
+        if images_NCHW.dtype != torch.uint8 or images_NCHW.ndim != 4 or images_NCHW.shape[1] != self.channels:
+            kind = str(images_NCHW.dtype).removeprefix("torch.")
+            raise InputError(
+                f"images: {kind} {list(images_NCHW.shape)} is not allowed; "
+                f"give uint8 [N, {self.channels}, {self.resolution}, {self.resolution}] with values from 0 to 255"
+            )
+        return super().forward(images_NCHW)
+
 
 def expert_stems(count: int) -> list[str]:
     return [f"expert-{expert:04d}" for expert in range(count)]

@@ -53,7 +53,7 @@ def test_demo_trains_three_systems_and_compares_them(place: Path) -> None:
     for system, macs in (("coe", "average_macs"), ("single", "macs"), ("single_same_macs", "macs")):
         assert 0 < summary[system]["top1"] < 1
         assert isinstance(summary[system][macs], int)
-    assert abs(summary["single_same_macs"]["macs"] / summary["coe"]["average_macs"] - 1) < 0.05
+    assert 1 <= summary["single_same_macs"]["macs"] / summary["coe"]["average_macs"] < 1.3
     for text in ("collaboration of experts", "one expert network alone", "report.html"):
         assert text in done.stdout
     assert f"{100 * summary['coe']['top1']:.1f}" in (run / "report.html").read_text()

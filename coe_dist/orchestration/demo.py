@@ -10,6 +10,7 @@ from typing import Any
 from coe_dist import tracking
 from coe_dist.config import NetworkConfig, RunConfig
 from coe_dist.data.beton import write_dataset
+from coe_dist.errors import InputError
 from coe_dist.orchestration.ray_session import session_for
 from coe_dist.orchestration.ray_train import check_workers
 from coe_dist.orchestration.runs import train_in
@@ -25,6 +26,11 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     from coe_dist.report.build import write_report
     from coe_dist.training.checks import check_run
 
+    if config.experts.network != "small_cnn":
+        raise InputError(
+            f"experts.network: {config.experts.network} is not allowed in the demonstration; give small_cnn, "
+            "whose width makes the single network of the same MACs, or use `coe-dist train`"
+        )
     check_workers(config)
     started = time.perf_counter()
     folder = Path(config.data.folder)

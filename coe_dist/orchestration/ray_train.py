@@ -122,7 +122,7 @@ def _fit(
             failure_config=ray.train.FailureConfig(
                 max_failures=config.workers.max_failures, controller_failure_limit=_STARTUP_ATTEMPTS - 1
             ),
-            worker_runtime_env={"env_vars": _worker_environment(config, session)},
+            worker_runtime_env={"env_vars": _worker_environment(config, session, gpus > 0)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -187,7 +187,7 @@ def _refuse_missing_gpus(config: RunConfig, gpus: float, where: str) -> None:
         )
 
 
-def _worker_environment(config: RunConfig, session: RaySession) -> dict[str, str]:
+def _worker_environment(config: RunConfig, session: RaySession, use_gpu: bool) -> dict[str, str]:
     search_path = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
         "OMP_NUM_THREADS": str(config.workers.threads),
@@ -195,6 +195,8 @@ def _worker_environment(config: RunConfig, session: RaySession) -> dict[str, str
         "NUMBA_THREADING_LAYER": "omp",  # two FFCV loaders at once abort with numba's own workqueue layer
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, search_path))),
     }
+    if not use_gpu:  # Ray leaves the GPUs visible to workers that asked for none, and DeepSpeed would take them
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if session.local:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "MLFLOW_TRACKING_URI"):

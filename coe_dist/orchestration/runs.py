@@ -14,7 +14,15 @@ from coe_dist.errors import InputError
 from coe_dist.orchestration.progress import ProgressDisplay
 from coe_dist.orchestration.ray_session import RaySession, session_for
 from coe_dist.orchestration.ray_train import check_workers, run_under_ray
-from coe_dist.training.run_folder import check_folder, load_run_config, prepare_folder
+from coe_dist.orchestration.resources import usable_cores
+from coe_dist.training.run_folder import (
+    check_folder,
+    check_network,
+    evaluation_file,
+    load_run_config,
+    locked,
+    prepare_folder,
+)
 
 
 def train(config: RunConfig, *, address: str | None = None, overwrite: bool = False) -> Path:
@@ -37,10 +45,17 @@ def train_in(
     session: RaySession, config: RunConfig, *, network: NetworkConfig | None = None, overwrite: bool = False
 ) -> Path:
     """One training in an open Ray session; `network` trains that single network instead of the collaboration."""
+    with locked(config):
+        return _train_locked(session, config, network, overwrite)
+
+
+def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig | None, overwrite: bool) -> Path:
     from coe_dist.orchestration.router_actor import run_worker_with_actor
     from coe_dist.training.job import Job
 
     run_dir = prepare_folder(config, overwrite=overwrite)
+    if network is not None:
+        check_network(run_dir, network)
     tags = {"kind": "baseline" if network else "collaboration", "host": platform.node(), **_revision()}
     run_id = tracking.start_run(
         config,
@@ -92,8 +107,11 @@ def evaluate(
     threshold: float | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run's newest checkpoint on the workers of its configuration; returns evaluation-<split>.json's
-    content."""
+    """Evaluates a run's newest checkpoint and returns the figures of evaluation-<split>.json.
+
+    Uses the run's number of workers, or as many as this machine has cores. With `macs_budget` the threshold is
+    calibrated on validation and stored with the run; `threshold` is a question only, and stores nothing.
+    """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
     from coe_dist.coe.early_exit import NO_EXIT
@@ -107,6 +125,10 @@ def evaluate(
         raise InputError(
             f"--threshold: {threshold} is not allowed; give a number from 0 to 1, or {NO_EXIT:g} for no early exit"
         )
+    workers = config.workers
+    if address is None and not workers.oversubscribe:
+        workers = workers.model_copy(update={"count": min(workers.count, usable_cores())})
+    config = config.model_copy(update={"workers": workers})
     builder = check_run(config)
     check_budget("--macs-budget", macs_budget, *builder.collaboration_macs())
     saves = complete_saves(run_dir / "checkpoints")
@@ -125,7 +147,7 @@ def evaluate(
     from coe_dist.training.worker import run_worker  # imports FFCV: seconds, which a refusal should not take
 
     run_under_ray(run_worker, job, address=address)
-    result: dict[str, Any] = json.loads((run_dir / f"evaluation-{split}.json").read_text())
+    result: dict[str, Any] = json.loads((run_dir / evaluation_file(split, stored=threshold is None)).read_text())
     return result
 
 

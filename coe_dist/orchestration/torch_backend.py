@@ -72,6 +72,6 @@ def _join(address: str, port: int, backend: str, timeout_seconds: float) -> None
         LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
         GROUP_RANK=str(context.get_node_rank()),
     )
-    if torch.cuda.is_available():
+    if backend == "nccl":
         torch.cuda.set_device(context.get_local_rank())
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from coe_dist.errors import InputError
 from coe_dist.report.folder import Details, Evaluation, Run, Summary, System, read_run
 from coe_dist.tracking.store import redact
 
@@ -44,6 +45,8 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     target = Path(out) if out is not None else runs[0].folder / "report.html"
+    if target.is_dir():
+        raise InputError(f"--out: {target} is a folder; give a file, for instance {target / 'report.html'}")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(page, encoding="utf-8")

@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -103,7 +103,18 @@ def wide(logits: torch.Tensor) -> torch.Tensor:
 
 def gradient_norm(network: nn.Module) -> torch.Tensor:
     """2-norm over all gradients of the network, a scalar."""
-    return total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    return total_norm(gradients_of(network.parameters()))
+
+
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def fill_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Zeros for parameters that the loss did not reach, so that the size of the group makes no difference to them."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -140,22 +151,17 @@ class TorchEngine:
         (zero_loss(self.network) if loss is None else loss).backward()  # type: ignore[no-untyped-call]
         if not last:
             return
-        for parameter in self._parameters:  # zeros for what the loss did not reach, whatever the size of the group
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        fill_gradients(self._parameters)
         if self.group.handle is not None:
-            flat = torch.cat([grad.reshape(-1) for grad in self._gradients()])
+            flat = torch.cat([grad.reshape(-1) for grad in gradients_of(self._parameters)])
             self.group.all_reduce_sum(flat).div_(self.group.size)
             for parameter, part in zip(
                 self._parameters, torch.split(flat, [parameter.numel() for parameter in self._parameters]), strict=True
             ):
                 parameter.grad = part.view_as(parameter)
 
-    def _gradients(self) -> list[torch.Tensor]:
-        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-
     def step(self) -> bool:
-        self.grad_norm = float(total_norm(self._gradients()))
+        self.grad_norm = float(total_norm(gradients_of(self._parameters)))
         finite = math.isfinite(self.grad_norm)
         if finite:
             if self.clip_norm is not None:

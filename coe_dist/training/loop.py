@@ -14,6 +14,7 @@ from coe_dist.data.loader import SplitLoader
 from coe_dist.errors import TrainingError
 from coe_dist.parallel.groups import Groups
 from coe_dist.parallel.router import NonFiniteError
+from coe_dist.seeds import derive_seed
 from coe_dist.tracking import Recorder
 from coe_dist.training import checkpoint
 from coe_dist.training.checkpoint import Position
@@ -121,12 +122,13 @@ class Loop:
         for epoch in range(position.epoch, self.config.training.epochs):
             step = self._epoch(epoch, step, first)
             first = 0
+            # saved first: an evaluation that fails must not cost the epoch
+            if (epoch + 1) % self.config.training.checkpoint_every == 0 or epoch + 1 == self.config.training.epochs:
+                self.save(Position(step, epoch + 1, 0, self.task.step.micro_step))
             if (epoch + 1) % self.config.training.evaluate_every == 0 or epoch + 1 == self.config.training.epochs:
                 with naming(f"evaluation after step {step}"):
                     metrics = self.task.evaluate(self.data.batches)
                 self._record("evaluation", step, epoch, metrics, split="validation")
-            if (epoch + 1) % self.config.training.checkpoint_every == 0 or epoch + 1 == self.config.training.epochs:
-                self.save(Position(step, epoch + 1, 0, self.task.step.micro_step))
         before = time.perf_counter()
         with naming(f"evaluation after step {step}"):
             self.task.finish(self.data.batches)
@@ -159,6 +161,8 @@ class Loop:
 
         `step` optimizer steps are done; messages and records name the one at work, counted from 1.
         """
+        # what networks draw themselves (dropout, drop-path): by seed and step, so that a resumed run draws the same
+        torch.manual_seed(derive_seed(self.config.seed, "step", step))
         try:
             with naming(f"step {step + 1}"):
                 if self.task.step.step(batches, sums):

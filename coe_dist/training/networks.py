@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from coe_dist.coe import backbones, macs
 from coe_dist.config import NetworkConfig, RunConfig
@@ -37,20 +38,22 @@ class NetworkBuilder:
     def delegator(self) -> nn.Module:
         section = self.config.delegator
         with _Naming("delegator"):
-            return backbones.build_delegator(
+            network = backbones.build_delegator(
                 section.network,
                 section.options,
                 experts=self.config.experts.count,
                 **self._arguments(),
                 seed=derive_seed(self.config.seed, "delegator"),
             )
+        return _checked(network, "delegator", section.network)
 
     def expert(self, expert: int) -> nn.Module:
         return self.single(self.config.experts, "experts", derive_seed(self.config.seed, "expert", expert))
 
     def single(self, section: NetworkConfig, field: str, seed: int) -> nn.Module:
         with _Naming(field):
-            return backbones.build_classifier(section.network, section.options, **self._arguments(), seed=seed)
+            network = backbones.build_classifier(section.network, section.options, **self._arguments(), seed=seed)
+        return _checked(network, field, section.network)
 
     def macs_of(self, network: nn.Module) -> int:
         return macs.count_macs(network, channels=self.info.channels, resolution=self.config.data.resolution)
@@ -58,6 +61,19 @@ class NetworkBuilder:
     def collaboration_macs(self) -> tuple[int, list[int]]:
         """MACs of the delegator and of each expert."""
         return self.macs_of(self.delegator()), [self.macs_of(self.expert(0))] * self.config.experts.count
+
+
+def _checked(network: nn.Module, field: str, name: str) -> nn.Module:
+    """Refuses BatchNorm layers that split_batchnorm does not split: their statistics would differ between ranks."""
+    others = {
+        type(m).__name__ for m in network.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.BatchNorm2d)
+    }
+    if others:
+        raise InputError(
+            f"{field}.network: {name} is not allowed; it has {', '.join(sorted(others))} layers; "
+            "of the BatchNorms only BatchNorm2d can be split over ranks"
+        )
+    return network
 
 
 class _Naming:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coe_dist.config import RunConfig, parse_config
+from coe_dist.config import NetworkConfig, RunConfig, parse_config
 from coe_dist.errors import InputError
 
 RESUMABLE = {"training.epochs", "training.evaluate_every", "training.checkpoint_every", "training.keep_checkpoints"}
@@ -49,6 +52,32 @@ def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
     except OSError as error:
         raise InputError(f"runs_dir: {config.runs_dir} is not allowed; {run_dir}: {error.strerror}") from error
     return run_dir
+
+
+def evaluation_file(split: str, *, stored: bool) -> str:
+    """Name of the file with a split's figures: the run's own, or those of a question that stores nothing."""
+    return f"evaluation-{split}.json" if stored else f"asked-{split}.json"
+
+
+def check_network(run_dir: Path, network: NetworkConfig) -> None:
+    """Remembers the single network a run folder trains. Raises InputError when it has trained another one."""
+    path, text = run_dir / "network.json", network.model_dump_json()
+    if path.is_file() and path.read_text() != text:
+        raise InputError(f"{run_dir}: it has trained another network ({path.read_text()}); give --overwrite")
+    path.write_text(text)
+
+
+@contextmanager
+def locked(config: RunConfig) -> Iterator[None]:
+    """Keeps a second training out of the run folder. Raises InputError when there is one."""
+    config.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    path = config.run_dir.parent / f".{config.name}.lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"name: {config.name} is not allowed; that run is being trained right now") from None
+        yield
 
 
 def load_run_config(run_dir: str | Path) -> RunConfig:

@@ -19,6 +19,7 @@ from coe_dist.training import evaluation
 from coe_dist.training.engines import NetworkEngine
 from coe_dist.training.job import Job
 from coe_dist.training.networks import NetworkBuilder, collaboration_engines, engine_for
+from coe_dist.training.run_folder import evaluation_file
 from coe_dist.training.single import SingleStep
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
 
@@ -201,9 +202,16 @@ class CollaborationTask:
         )
 
     def report(
-        self, batches: Batches, splits: tuple[str, ...], *, budget: float | None, given: float | None
+        self,
+        batches: Batches,
+        splits: tuple[str, ...],
+        *,
+        budget: float | None,
+        given: float | None,
+        stored: bool = True,
     ) -> dict[str, Any]:
-        """Evaluates the splits in order and writes evaluation-<split>.json and details-<split>.json; returns the last.
+        """Evaluates the splits in order and writes evaluation-<split>.json and details-<split>.json (or, when the
+        figures are not to be stored with the run, asked-<split>.json alone); returns the last.
 
         The threshold is calibrated on validation for `budget`, or `given`, or the one stored with the run.
         """
@@ -214,10 +222,10 @@ class CollaborationTask:
                 threshold = self.threshold(records, budget)
             result = self._summary(records, split, threshold, curve=True)
             if self.groups.rank == 0:
-                write_json(self.run_dir / f"evaluation-{split}.json", result)
-                write_json(
-                    self.run_dir / f"details-{split}.json", evaluation.class_table(records, self.builder.info.classes)
-                )
+                write_json(self.run_dir / evaluation_file(split, stored=stored), result)
+                if stored:
+                    table = evaluation.class_table(records, self.builder.info.classes)
+                    write_json(self.run_dir / f"details-{split}.json", table)
         return result
 
 

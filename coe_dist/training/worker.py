@@ -26,6 +26,7 @@ from coe_dist.parallel.process_solver import OpenChannel
 from coe_dist.parallel.router_process import ChildChannel
 from coe_dist.training import checkpoint
 from coe_dist.training.checkpoint import Position
+from coe_dist.training.checks import check_run
 from coe_dist.training.job import Job
 from coe_dist.training.loop import Data, Loop
 from coe_dist.training.networks import NetworkBuilder
@@ -84,7 +85,7 @@ def _evaluate(job: Job, task: CollaborationTask, data: Data) -> None:
     splits: tuple[str, ...] = (job.split,)
     if budget is not None and job.split == "test":
         splits = ("validation", "test")  # a threshold is always calibrated on validation
-    task.report(data.batches, splits, budget=budget, given=given)
+    task.report(data.batches, splits, budget=budget, given=given, stored=job.threshold is None)
 
 
 def _resume(job: Job, task: Task, groups: Groups) -> Position:
@@ -106,7 +107,9 @@ def _device(config: RunConfig) -> torch.device:
     wanted = config.workers.device
     if wanted == "gpu" and not torch.cuda.is_available():
         raise InputError("workers.device: gpu is not allowed; this machine has no usable GPU; give cpu or auto")
-    if wanted == "cpu" or not torch.cuda.is_available():
+    without_gpu = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if wanted == "cpu" or without_gpu or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU it sees
         return torch.device("cpu")
     # under Ray, CUDA_VISIBLE_DEVICES holds only this worker's GPUs
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
@@ -137,6 +140,8 @@ def main(arguments: list[str]) -> int:
             job = Job.model_validate_json(Path(arguments[0]).read_text())
         else:
             config = load_config(arguments[0], arguments[1:])
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            check_run(config.model_copy(update={"workers": config.workers.model_copy(update={"count": world_size})}))
             check_folder(config, overwrite=False)  # every rank refuses by itself, none waits for another
             if os.environ.get("RANK", "0") == "0":
                 prepare_folder(config, overwrite=False)
