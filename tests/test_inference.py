@@ -266,3 +266,12 @@ def test_what_cannot_be_exported(
     assert code == 2
     assert "2 classes are not allowed; the networks answer with 10" in text
     assert not (tmp_path / "x").exists()
+
+
+def test_images_that_would_be_answered_wrongly_are_refused(folder: Path) -> None:
+    model = CollaborationOfExperts.from_pretrained(folder)
+    good = images_of(2)
+    model(good)
+    for images in (good.float() / 255, good[0], good.repeat(1, 3, 1, 1)):
+        with pytest.raises(InputError, match=r"images: .* is not allowed; give uint8 \[N, 1, "):
+            model(images)
