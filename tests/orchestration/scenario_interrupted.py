@@ -1,5 +1,6 @@
 """Run by test_interrupts.py: workers that never end by themselves. The argument is the run folder."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ def wait_for_ever(job):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits it as ignored
     config = parse_config({"name": "interrupted", "workers": {"device": "cpu", "count": 2, "oversubscribe": True}})
     job = Job(task="train", config=config, run_dir=sys.argv[1])
     try:
