@@ -32,6 +32,16 @@ def statuses(runs: Path) -> dict[str, str]:
     return {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
 
 
+def artifacts(runs: Path, name: str) -> set[str]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"attributes.run_name = '{name}'")
+    assert Path(run.data.tags["checkpoints"], "latest").is_file()
+    return {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
 def environment() -> dict[str, str]:
     return clean_environment(OMP_NUM_THREADS="1")
 
@@ -57,6 +67,7 @@ def test_demo_trains_three_systems_and_compares_them(place: Path) -> None:
     for text in ("collaboration of experts", "one expert network alone", "report.html"):
         assert text in done.stdout
     assert f"{100 * summary['coe']['top1']:.1f}" in (run / "report.html").read_text()
+    assert artifacts(place / "runs", "demo") >= {"config.yaml", "evaluation-test.json", "summary.json", "report.html"}
     assert statuses(place / "runs") == {name: "FINISHED" for name in ("demo", "demo-single", "demo-single-same-macs")}
 
 

@@ -31,6 +31,7 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
     address: a running Ray cluster (none: a local Ray for this run). Raises InputError before any worker starts when the
     configuration, the data or the machine do not allow the run.
     """
+    from coe_dist.report.build import write_report
     from coe_dist.training.checks import check_run
 
     if address is None:
@@ -38,7 +39,9 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
     check_run(config)
     check_folder(config, overwrite=overwrite)
     with session_for(config, address) as session:
-        return train_in(session, config, overwrite=overwrite)
+        run_dir = train_in(session, config, overwrite=overwrite)
+    tracking.log_artifacts(config, tracking.run_id_of(run_dir), [write_report([run_dir])])
+    return run_dir
 
 
 def train_in(
@@ -56,7 +59,12 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
     run_dir = prepare_folder(config, overwrite=overwrite)
     if network is not None:
         check_network(run_dir, network)
-    tags = {"kind": "baseline" if network else "collaboration", "host": platform.node(), **_revision()}
+    tags = {
+        "kind": "baseline" if network else "collaboration",
+        "host": platform.node(),
+        "checkpoints": str((run_dir / "checkpoints").absolute()),
+        **_revision(),
+    }
     run_id = tracking.start_run(
         config,
         run_name=config.name,
