@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from namespaces import clean_environment, in_private_network, private_network_command
 
+from coe_dist.data.beton import write_dataset
+from coe_dist.tracking.store import connect
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-c", "from coe_dist.cli import main; main()"]
 SMALL = ["data.limit=600", "training.global_batch=100", "experts.options.width=0.2", "delegator.options.width=0.1"]
@@ -20,22 +23,20 @@ SMALL = ["data.limit=600", "training.global_batch=100", "experts.options.width=0
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("user")
+    place = tmp_path_factory.mktemp("user")
+    write_dataset("fashion-mnist", place / "data/fashion-mnist")
+    return place
 
 
 def statuses(runs: Path) -> dict[str, str]:
     """MLflow's own view of the runs: name -> status."""
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    client = connect(f"sqlite:///{runs / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
 
 
 def artifacts(runs: Path, name: str) -> set[str]:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    client = connect(f"sqlite:///{runs / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (run,) = client.search_runs(experiments, f"attributes.run_name = '{name}'")
     assert Path(run.data.tags["checkpoints"], "latest").is_file()

@@ -95,7 +95,7 @@ def test_a_run_in_sqlite_from_start_to_end(tmp_path: Path, caplog: pytest.LogCap
     artifacts = list((tmp_path / "runs" / "mlartifacts").rglob("report.html"))
     assert len(artifacts) == 1
     assert sync(config.run_dir, config) == 0
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("coe_dist")]
 
     records = list(read_metrics(config.run_dir))
     assert [r["kind"] for r in records] == ["start", "train", "train", "train", "evaluation", "end"]
@@ -119,7 +119,7 @@ def test_reopening_with_other_settings_keeps_the_run(tmp_path: Path, caplog: pyt
     assert run.data.tags["resumed.training.epochs"] == "99"
     assert run.data.tags["resumed.world_size"] == "3"
     assert len(run.data.params["new"]) == 500
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("coe_dist")]
     other = start_run(config, run_name="r", run_id="0" * 32)  # made in another store
     assert other is not None
     assert other != run_id
