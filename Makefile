@@ -1,4 +1,4 @@
-# make demo   sets this machine up, then trains the demonstration (five to ten minutes on two cores)
+# make demo   sets this machine up, then trains the demonstration (about five minutes on two cores)
 # make test   sets this machine up, then runs the tests
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 COE = .venv/bin/coe-dist
