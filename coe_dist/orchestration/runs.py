@@ -86,11 +86,8 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
         run_under_ray(run_worker_with_actor, job, session=session)
         status = "FINISHED"
     except BaseException as error:
-        status = (
-            "KILLED"
-            if isinstance(error, KeyboardInterrupt | SystemExit) or type(error).__name__ == "Terminated"
-            else "FAILED"
-        )
+        # SIGTERM arrives as a SystemExit (signals.Terminated)
+        status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
         raise
     finally:
         display.stop()
