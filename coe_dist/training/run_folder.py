@@ -12,7 +12,10 @@ from typing import Any
 from coe_dist.config import NetworkConfig, RunConfig, parse_config
 from coe_dist.errors import InputError
 
-RESUMABLE = {"training.epochs", "training.evaluate_every", "training.checkpoint_every", "training.keep_checkpoints"}
+RESUMABLE = {
+    f"training.{name}"
+    for name in ("epochs", "evaluate_every", "checkpoint_every", "checkpoint_every_steps", "keep_checkpoints")
+}
 RESUMABLE_SECTIONS = {"workers", "tracking", "early_exit"}
 
 
