@@ -91,6 +91,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     batchnorm: Literal["local", "group"] = "local"
     engine: Literal["deepspeed", "torch"] = "deepspeed"
+    deterministic: bool = False  # torch's deterministic algorithms: a resumed run is bit-equal on GPUs too, but slower
     zero_stage: Annotated[int, Field(ge=0, le=2)] = 0
     non_finite: Literal["stop", "skip"] = "stop"  # what a non-finite loss or gradient does
     timeout_seconds: Annotated[float, Field(ge=5, le=86_400)] = 600.0  # of every collective

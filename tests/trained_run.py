@@ -16,10 +16,10 @@ from small_data import small_config, write_small
 from coe_dist.config import load_config, parse_config
 from coe_dist.data.sidecar import SplitInfo
 from coe_dist.parallel.groups import create_groups
-from coe_dist.training import checkpoint
+from coe_dist.training import saving
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.job import Job
-from coe_dist.training.networks import NetworkBuilder, collaboration_engines
+from coe_dist.training.networks import NetworkBuilder, averages_of, collaboration_engines
 
 CLASSES = tuple("abcdefghij")
 INFO = SplitInfo(
@@ -50,11 +50,13 @@ def images_of(count: int, seed: int = 0) -> torch.Tensor:
 
 def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sections: Any) -> Path:
     """A run folder with a save after each of `steps`: real engines, optimizer steps on noise, momentum everywhere, and
-    a selection head that uses all experts."""
+    a selection head that uses all experts (also in the averages, where training.ema_decay asks for them)."""
     sections = {"experts": {"count": experts, "per_sample": 3}, **sections}
     config = parse_config(small_config(folder / "no-data", folder, **sections))
     groups = create_groups(experts, timeout_seconds=60)
     delegator, hosted = collaboration_engines(config, NetworkBuilder(config, INFO), groups, torch.device("cpu"))
+    averages = averages_of([delegator, *hosted.values()], config.training.ema_decay)
+    ema = {"ema": {"decay": config.training.ema_decay, "updates": max(steps)}} if averages else {}
     generator = torch.Generator().manual_seed(1)
     for step in range(1, max(steps) + 1):
         images, labels = images_of(32, step), torch.randint(0, 10, (32,), generator=generator)
@@ -66,15 +68,18 @@ def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sect
                 loss = loss + F.cross_entropy(output[1], chosen)
             engine.backward(loss, last=True)
             assert engine.step()
+            if averages:
+                averages[engine.name].update(engine.network)
         if step in steps:
-            _spread_selection(delegator.network)
-            checkpoint.save(
+            for network in (delegator.network, *(averages[name].network for name in averages if name == "delegator")):
+                _spread_selection(network)
+            saving.save(
                 config.run_dir / "checkpoints",
                 [delegator, *hosted.values()],
                 groups,
                 Position(step, 0, step, step),
-                config_digest=config.digest(),
-                extra={"config": config.model_dump(mode="json")},
+                averages=averages,
+                extra={"config": config.model_dump(mode="json"), "config_digest": config.digest(), **ema},
                 keep=len(steps),
             )
     return config.run_dir
@@ -82,6 +87,7 @@ def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sect
 
 def _spread_selection(network: torch.nn.Module) -> None:
     """A selection head on the whitened main directions of the features, so that each of up to 8 experts is chosen."""
+    training = network.training
     network.eval()
     with torch.no_grad():
         features = network.trunk(network.normalise(images_of(200, seed=5)))
@@ -91,7 +97,7 @@ def _spread_selection(network: torch.nn.Module) -> None:
         mix = torch.cat([torch.eye(4), -torch.eye(4)])[: len(head.weight)]
         head.weight.copy_(mix.to(mean.dtype) @ (directions[:4] / strength[:4, None] * 200**0.5))
         head.bias.copy_(-head.weight @ mean)
-    network.train()
+    network.train(training)
 
 
 def write_loads(run: Path, load: Sequence[float], threshold: float | None = None) -> None:

@@ -21,7 +21,7 @@ def run_worker_with_actor(job: Job) -> None:
     """The worker function under Ray: `router.where: process` is an actor."""
     from coe_dist.training.worker import run_worker
 
-    run_worker(job, ActorChannel)
+    run_worker(job, ActorChannel)  # what it returns is known from the run folder (see training/stopping.py)
 
 
 class RouterActor:

@@ -1,23 +1,21 @@
 """Checkpoints: one folder per save, files keyed by GLOBAL expert id, readable on any world size.
 
-    checkpoints/step-00001200/  delegator.safetensors  delegator.optim.pt
-                                expert-0003.safetensors  expert-0003.optim.pt  ...
+    checkpoints/step-00001200/  delegator.safetensors  delegator.optim.pt  (delegator.ema.safetensors)
+                                expert-0003.safetensors  expert-0003.optim.pt  (expert-0003.ema.safetensors) ...
                                 manifest.json   written last; a folder without a valid one does not exist for resume
     checkpoints/latest          names the newest complete save, replaced atomically
+    checkpoints/best            names the save with the best top-1 on validation, and that top-1
 
-Each network is written by exactly one rank of its group. Weights are safetensors, optimizer state is a tensor
-dictionary by parameter name read with weights_only, so loading never runs code from the file.
+Weights are safetensors, optimizer state is a tensor dictionary by parameter name read with weights_only, so loading
+never runs code from the file. This module names, checks and reads saves; saving.py writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 
-from coe_dist.errors import InputError, TrainingError
-from coe_dist.parallel.batchnorm import average_statistics
+from coe_dist.errors import InputError
 from coe_dist.parallel.groups import Groups
+from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine
 
 FORMAT = 1
@@ -45,6 +42,11 @@ class Position:
     micro_step: int = 0
 
 
+def save_name(step: int) -> str:
+    """Name of the save made after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
 def network_file(name: str) -> str:
     """'delegator' -> delegator, 'expert 3' -> expert-0003 (stem of the two files)."""
     return f"expert-{int(name.split()[1]):04d}" if name.startswith("expert") else name
@@ -53,115 +55,6 @@ def network_file(name: str) -> str:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save(
-    folder: Path,
-    engines: list[NetworkEngine],
-    groups: Groups,
-    position: Position,
-    *,
-    config_digest: str,
-    extra: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Writes checkpoints/step-<step> under `folder`; returns it. Collective: every rank calls it.
-
-    Running statistics of local BatchNorm are averaged over each network's group first. A failure on one rank (a full
-    disk) is a TrainingError on all of them, and earlier saves stay valid.
-    """
-    target = folder / f"step-{position.step:08d}"
-    partial = folder / f".partial-step-{position.step:08d}"  # one that a crash has left is overwritten
-    problem, hashes = "", {}
-    for engine in engines:
-        average_statistics(engine.network, engine.group)
-    states = [(engine, engine.optimizer_state()) for engine in engines]  # collective under ZeRO
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        for engine, state in states:
-            if groups.rank == engine.group.ranks[0]:
-                hashes.update(_write_network(partial, engine, state))
-    except OSError as error:
-        problem = f"rank {groups.rank}: {error.strerror}"
-    everything: list[Any] = [(problem, hashes)]
-    if groups.world.handle is not None:
-        everything = [None] * groups.world.size
-        with groups.world.naming_failures(f"checkpoint {target.name}"):
-            dist.all_gather_object(everything, (problem, hashes), group=groups.world.handle)
-    problems = [text for text, _ in everything if text]
-    outcome = [""]
-    if groups.rank == 0:
-        try:
-            if problems:
-                raise OSError(None, problems[0])
-            files = {name: digest for _, part in everything for name, digest in part.items()}
-            _publish(folder, partial, target, files, position, config_digest, groups.placement.experts, extra, keep)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            outcome = [f"checkpoint {target} could not be written ({error.strerror}); earlier ones are still valid"]
-    if groups.world.handle is not None:
-        with groups.world.naming_failures(f"checkpoint {target.name}"):
-            dist.broadcast_object_list(outcome, src=0, group=groups.world.handle)
-    if outcome[0]:
-        raise TrainingError(outcome[0])
-    return target
-
-
-def _write_network(folder: Path, engine: NetworkEngine, state: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
-    """Made in memory and written by us: the libraries' own writers raise other errors than OSError for a full disk."""
-    stem = network_file(engine.name)
-    weights = {name: value.detach().cpu().contiguous() for name, value in engine.network.state_dict().items()}
-    optimizer = io.BytesIO()
-    torch.save(state, optimizer)
-    return {
-        name: _write(folder / name, content)
-        for name, content in ((f"{stem}.safetensors", to_bytes(weights)), (f"{stem}.optim.pt", optimizer.getbuffer()))
-    }
-
-
-def _write(path: Path, content: bytes | memoryview) -> str:
-    """Writes to the disk itself, not only to its cache; returns the sha256 of what was meant to be written."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
-
-
-def _publish(
-    folder: Path,
-    partial: Path,
-    target: Path,
-    files: dict[str, str],
-    position: Position,
-    digest: str,
-    experts: int,
-    extra: dict[str, Any],
-    keep: int,
-) -> None:
-    expected = 2 * (experts + 1) if any(name.startswith("expert") for name in files) else len(files)
-    assert len(files) == expected, (
-        f"{len(files)} files for {experts} experts; every expert must be written exactly once"
-    )
-    manifest = {
-        "format": FORMAT,
-        "config_digest": digest,
-        "experts": experts,
-        **vars(position),
-        **extra,
-        "files": files,
-    }
-    _write(partial / ".manifest.json", json.dumps(manifest, indent=1).encode())
-    (partial / ".manifest.json").rename(partial / "manifest.json")
-    if target.exists():  # a damaged one, which training has gone back behind
-        shutil.rmtree(target)
-    partial.rename(target)
-    _write(folder / ".latest", target.name.encode())
-    (folder / ".latest").replace(folder / "latest")
-    for old in [save for save in complete_saves(folder) if save.name <= target.name][keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    for left in folder.glob(".partial-step-*"):  # by a crash
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _saves(folder: Path) -> list[Path]:
@@ -233,11 +126,28 @@ def agreed_save(folder: Path, groups: Groups) -> tuple[Path | None, list[str]]:
     return answer[0], warnings
 
 
+def best_save(folder: Path) -> tuple[Path, float] | None:
+    """The complete save with the best top-1 on validation (0 to 1), and that top-1; None where none is recorded."""
+    try:
+        best = json.loads((folder / "best").read_bytes())
+        save, top1 = folder / Path(str(best["save"])).name, float(best["top1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (save, top1) if (save / "manifest.json").is_file() else None
+
+
 def load(
-    save: Path, engines: list[NetworkEngine], *, experts: int, optimizer: bool = True
+    save: Path,
+    engines: list[NetworkEngine],
+    *,
+    experts: int,
+    averages: Mapping[str, WeightAverage] | None = None,
+    optimizer: bool = True,
 ) -> tuple[Position, dict[str, Any]]:
-    """Loads this rank's networks from a save of any world size. Raises InputError when the save holds other
-    networks."""
+    """Loads this rank's networks from a save of any world size; returns the position and the manifest.
+
+    Raises InputError when the save holds other networks, or no averages where some are asked for.
+    """
     manifest = json.loads((save / "manifest.json").read_text())
     if manifest["experts"] != experts:
         raise InputError(
@@ -249,13 +159,18 @@ def load(
         path = save / f"{network_file(engine.name)}.optim.pt"
         # also without a state: the engine may hold copies of the weights
         engine.load_optimizer_state(torch.load(path, weights_only=True) if optimizer else {})
+    for name, average in (averages or {}).items():
+        if "ema" not in manifest:
+            raise InputError(f"{save}: it holds no averages of the weights, training.ema_decay asks for them")
+        load_weights(save, average.network, name, "ema.safetensors")
+        average.updates = int(manifest["ema"]["updates"])
     position = Position(*(manifest[name] for name in ("step", "epoch", "step_in_epoch", "micro_step")))
     return position, manifest
 
 
-def load_weights(save: Path, network: torch.nn.Module, name: str) -> None:
+def load_weights(save: Path, network: torch.nn.Module, name: str, end: str = "safetensors") -> None:
     """Loads one network's weights; needs no optimizer file. Raises InputError naming what does not fit."""
-    path = save / f"{network_file(name)}.safetensors"
+    path = save / f"{network_file(name)}.{end}"
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     weights = load_file(path)

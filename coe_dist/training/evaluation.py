@@ -6,17 +6,19 @@ back, and one small record per image is gathered. All figures are then sums over
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from coe_dist.coe import early_exit
 from coe_dist.errors import TrainingError
 from coe_dist.parallel.batchnorm import average_statistics
 from coe_dist.parallel.exchange import combine, dispatch, plan_exchange
 from coe_dist.parallel.groups import Groups
+from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine, autocast, wide
 from coe_dist.training.step import MicroBatch
 
@@ -35,7 +37,8 @@ class Records:
 
 
 class Evaluator:
-    """Runs the networks of all ranks over a split."""
+    """Runs the networks of all ranks over a split; in their place, where given, the averages of their weights (by name
+    of the network, on every rank that holds it)."""
 
     def __init__(
         self,
@@ -46,9 +49,11 @@ class Evaluator:
         classes: int,
         precision: str,
         final: Literal["expert", "average"],
+        averages: Mapping[str, WeightAverage] | None = None,
     ) -> None:
         self.delegator, self.experts, self.groups = delegator, experts, groups
         self.classes, self.precision, self.final = classes, precision, final
+        self.averages = averages or {}
 
     @torch.no_grad()
     def run(self, batches: Iterable[MicroBatch]) -> Records:
@@ -58,7 +63,9 @@ class Evaluator:
         """
         engines = [self.delegator, *self.experts.values()]
         for engine in engines:
-            average_statistics(engine.network, engine.group)
+            average_statistics(engine.network, engine.group)  # training is the same, whichever network answers
+            if engine.name in self.averages:
+                average_statistics(self.averages[engine.name].network, engine.group)
             engine.network.eval()
         try:
             rows = [self._batch(batch) for batch in batches]
@@ -92,13 +99,14 @@ class Evaluator:
         weights = torch.ones(rows, experts, device=device)
         received = dispatch(plan, batch.images, batch.labels, weights, self.groups.world)
         answers = {
-            expert: self._forward(engine, received[expert].images) for expert, engine in sorted(self.experts.items())
+            expert: self._forward(self._network(engine), received[expert].images)
+            for expert, engine in sorted(self.experts.items())
         }
         expert_logits_BEC = combine(plan, answers, self.groups.world)()
         if rows == 0:
             return torch.zeros(0, 6 + experts, dtype=torch.float64, device=device)
         with autocast(self.precision, device):
-            logits_BC, selection_BE = self.delegator.network(batch.images)
+            logits_BC, selection_BE = self._network(self.delegator)(batch.images)
         logits_BC, selected_B = wide(logits_BC), selection_BE.argmax(1)
         probabilities = expert_logits_BEC[torch.arange(rows, device=device), selected_B].softmax(1)
         if self.final == "average":
@@ -118,12 +126,16 @@ class Evaluator:
         sizes, _ = self.groups.world.all_gather_rows(torch.tensor([rows], device=device))
         return [int(size) for size in sizes]
 
-    def _forward(self, engine: NetworkEngine, images: torch.Tensor) -> torch.Tensor:
+    def _network(self, engine: NetworkEngine) -> nn.Module:
+        average = self.averages.get(engine.name)
+        return engine.network if average is None else average.network
+
+    def _forward(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
         if len(images) == 0:  # some layers refuse empty batches
-            parameter = next(engine.network.parameters())
+            parameter = next(network.parameters())
             return wide(parameter.new_zeros(0, self.classes))
         with autocast(self.precision, images.device):
-            return wide(engine.network(images))
+            return wide(network(images))
 
 
 def summarise(

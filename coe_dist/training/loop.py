@@ -16,10 +16,12 @@ from coe_dist.parallel.groups import Groups
 from coe_dist.parallel.router import NonFiniteError
 from coe_dist.seeds import derive_seed
 from coe_dist.tracking import Recorder
-from coe_dist.training import checkpoint
-from coe_dist.training.checkpoint import Position
+from coe_dist.training.checkpoint import Position, save_name
 from coe_dist.training.optim import learning_rate_factor
+from coe_dist.training.saving import PendingSave, mark_best
+from coe_dist.training.saving import start as start_save
 from coe_dist.training.step import MicroBatch, StepSums
+from coe_dist.training.stopping import StopRequest
 from coe_dist.training.tasks import Task
 
 
@@ -83,7 +85,7 @@ def naming(where: str) -> Iterator[None]:
 
 
 class Loop:
-    """Trains a task from `position` to the last epoch."""
+    """Trains a task from `position` to the last epoch, or until somebody wishes it to stop (see stopping.py)."""
 
     def __init__(
         self,
@@ -94,15 +96,24 @@ class Loop:
         recorder: Recorder | None,
         run_dir: Path,
         kind: str,
+        mlflow_run_id: str | None = None,
     ) -> None:
         self.config, self.task, self.data, self.groups = config, task, data, groups
-        self.recorder, self.run_dir, self.kind = recorder, run_dir, kind
+        self.recorder, self.run_dir, self.kind, self.mlflow_run_id = recorder, run_dir, kind, mlflow_run_id
         accumulation = config.training.accumulation
         self.steps_per_epoch = -(-data.loader("train").steps_per_epoch // accumulation)
         self.total_steps = self.steps_per_epoch * config.training.epochs
         self.warmup_steps = round(self.steps_per_epoch * config.training.optimizer.warmup_epochs)
+        self.stop = StopRequest(run_dir)
+        self.pending: PendingSave | None = None
+        self.stalled = 0.0  # seconds that training has waited for the pending save
+        self.saved: Path | None = None  # the newest save of this process
 
-    def run(self, position: Position) -> None:
+    def run(self, position: Position, resumed: dict[str, object] | None = None) -> bool:
+        """Returns True when training is complete, False when it was asked to stop and has saved.
+
+        resumed: what the record says of the checkpoint that training goes on from.
+        """
         started = time.perf_counter()
         self.task.step.micro_step = position.micro_step
         self._record(
@@ -117,18 +128,26 @@ class Loop:
             experts=self.task.experts,
             experts_per_sample=self.task.experts_per_sample,
             images=self.data.loader("train").count,
+            **(resumed or {}),
         )
         step, first = position.step, position.step_in_epoch
         for epoch in range(position.epoch, self.config.training.epochs):
-            step = self._epoch(epoch, step, first)
+            step, complete = self._epoch(epoch, step, first)
+            if not complete:
+                self._preempted(step, epoch)
+                return False
             first = 0
             # saved first: an evaluation that fails must not cost the epoch
             if (epoch + 1) % self.config.training.checkpoint_every == 0 or epoch + 1 == self.config.training.epochs:
-                self.save(Position(step, epoch + 1, 0, self.task.step.micro_step))
+                self._start_save(Position(step, epoch + 1, 0, self.task.step.micro_step))
             if (epoch + 1) % self.config.training.evaluate_every == 0 or epoch + 1 == self.config.training.epochs:
                 with naming(f"evaluation after step {step}"):
                     metrics = self.task.evaluate(self.data.batches)
                 self._record("evaluation", step, epoch, metrics, split="validation")
+                self._finish_save()
+                if self.groups.rank == 0 and self.saved is not None and self.saved.name == save_name(step):
+                    mark_best(self.saved.parent, self.saved, metrics["val/top1"])
+        self._finish_save()
         before = time.perf_counter()
         with naming(f"evaluation after step {step}"):
             self.task.finish(self.data.batches)
@@ -136,37 +155,51 @@ class Loop:
         self._record(
             "end", step, self.config.training.epochs - 1, {}, seconds=now - started, evaluate_seconds=now - before
         )
+        return True
 
-    def _epoch(self, epoch: int, step: int, first: int) -> int:
+    def _epoch(self, epoch: int, step: int, first: int) -> tuple[int, bool]:
+        """The optimizer steps of an epoch from its step `first` on. Returns the steps done since training began, and
+        False when the epoch was cut short by a wish to stop (and is saved)."""
         training, sums, since = self.config.training, StepSums(), time.perf_counter()
-        accumulation = training.accumulation
+        accumulation, every = training.accumulation, training.checkpoint_every_steps
         groups = grouped(self.data.batches("train", epoch, first * accumulation), accumulation)
-        factor, before = 0.0, step
-        for batches in groups:
+        factor, before, stopped = 0.0, step, False
+        for done, batches in enumerate(groups, first + 1):
             factor = learning_rate_factor(
                 step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=training.optimizer.schedule
             )
             self.task.set_learning_rate(factor)
-            self._step(batches, sums, step)
+            stop, written = self._step(batches, sums, step)
+            for engine in self.task.engines() if self.task.averages else ():
+                self.task.averages[engine.name].update(engine.network)
             step += 1
             if step % self.config.tracking.every_steps == 0:
                 since = self._report(sums, step, epoch, factor, since)
                 sums = StepSums()
+            if written:
+                self._finish_save()
+            stopped = stop and done < self.steps_per_epoch  # at its end an epoch is saved and evaluated first
+            if stopped or (every is not None and step % every == 0 and done < self.steps_per_epoch):
+                self._start_save(Position(step, epoch, done, self.task.step.micro_step))
+            if stopped:
+                break
         if step > before and step % self.config.tracking.every_steps:
             self._report(sums, step, epoch, factor, since)
-        return step
+        return step, not stopped
 
-    def _step(self, batches: list[MicroBatch], sums: StepSums, step: int) -> None:
-        """A non-finite value ends the run or costs this step, by training.non_finite; every rank agrees.
+    def _step(self, batches: list[MicroBatch], sums: StepSums, step: int) -> tuple[bool, bool]:
+        """One optimizer step; `step` are done, messages and records name the one at work, counted from 1.
 
-        `step` optimizer steps are done; messages and records name the one at work, counted from 1.
+        A non-finite value ends the run or costs this step, by training.non_finite; every rank agrees. Returns whether
+        a rank wishes to stop, and whether all ranks have written their part of the pending save.
         """
         # what networks draw themselves (dropout, drop-path): by seed and step, so that a resumed run draws the same
         torch.manual_seed(derive_seed(self.config.seed, "step", step))
+        votes = [int(bool(self.stop)), int(self.pending is not None and self.pending.written)]
         try:
             with naming(f"step {step + 1}"):
-                if self.task.step.step(batches, sums):
-                    return
+                if self.task.step.step(batches, sums, votes):
+                    return votes[0] > 0, votes[1] == self.groups.world.size
             problem = f"a gradient is not finite ({', '.join(sums.skipped) or 'of a network on another rank'})"
         except NonFiniteError as error:
             problem = str(error)
@@ -177,6 +210,7 @@ class Loop:
             )
         sums.skipped.clear()
         self._record("warning", step + 1, None, {}, message=problem)
+        return False, False  # agreed upon after the next step
 
     def _report(self, sums: StepSums, step: int, epoch: int, factor: float, since: float) -> float:
         now = time.perf_counter()
@@ -187,16 +221,52 @@ class Loop:
         self._record("train", step, epoch, metrics)
         return time.perf_counter()
 
-    def save(self, position: Position) -> None:
-        checkpoint.save(
+    def _start_save(self, position: Position) -> None:
+        """Collective. Training goes on while a thread writes; `_finish_save` makes the save exist."""
+        self._finish_save()
+        before = time.perf_counter()
+        averages, decay = self.task.averages, self.config.training.ema_decay
+        updates = next((average.updates for average in averages.values()), 0)
+        self.pending = start_save(
             self.run_dir / "checkpoints",
             self.task.engines(),
             self.groups,
             position,
-            config_digest=self.config.digest(),
-            extra={"config": self.config.model_dump(mode="json")},
+            averages=averages,
+            extra={
+                "config": self.config.model_dump(mode="json"),
+                "config_digest": self.config.digest(),
+                "mlflow_run_id": self.mlflow_run_id,
+                # every stream is derived by name from the seed, the epoch, the step and the sample's id
+                "rng": {"seed": self.config.seed},
+                "router": self.task.router_state(),
+                **({"ema": {"decay": decay, "updates": updates}} if averages else {}),
+            },
             keep=self.config.training.keep_checkpoints,
         )
+        self.stalled = time.perf_counter() - before
+
+    def _finish_save(self) -> None:
+        """Waits for the pending save, if there is one. Collective."""
+        if self.pending is None:
+            return
+        pending, self.pending, before = self.pending, None, time.perf_counter()
+        self.saved = pending.finish()
+        stalled = self.stalled + time.perf_counter() - before
+        figures = {"stall_seconds": stalled, "seconds": pending.seconds, "bytes": float(pending.bytes)}
+        self._record(
+            "checkpoint",
+            pending.position.step,
+            pending.position.epoch,
+            {f"checkpoint/{name}": value for name, value in figures.items()},
+            save=self.saved.name,
+        )
+
+    def _preempted(self, step: int, epoch: int) -> None:
+        self._finish_save()
+        self._record("preempted", step, epoch, {})
+        if self.groups.rank == 0:
+            self.stop.answer(step)
 
     def _record(self, kind: str, step: int, epoch: int | None, metrics: dict[str, float], **extra: object) -> None:
         if self.recorder is not None:

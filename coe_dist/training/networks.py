@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from coe_dist.errors import InputError
 from coe_dist.parallel.batchnorm import split_batchnorm
 from coe_dist.parallel.groups import Group, Groups
 from coe_dist.seeds import derive_seed
+from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine, build_engine
 from coe_dist.training.optim import build_optimizer
 
@@ -127,3 +129,8 @@ def collaboration_engines(
         for expert in groups.hosted
     }
     return delegator, experts
+
+
+def averages_of(engines: Iterable[NetworkEngine], decay: float | None) -> dict[str, WeightAverage]:
+    """By name of the network, a moving average of its weights that starts from them; none without a decay."""
+    return {} if decay is None else {engine.name: WeightAverage(engine.network, decay) for engine in engines}

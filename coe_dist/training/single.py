@@ -9,19 +9,28 @@ import torch.nn.functional as F
 
 from coe_dist.parallel.batchnorm import average_statistics
 from coe_dist.parallel.groups import Group
+from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine, autocast, wide
 from coe_dist.training.step import MicroBatch, StepSums
 
 
 class SingleStep:
-    """One optimizer step of one network, replicated on every rank."""
+    """One optimizer step of one network, replicated on every rank. `average`, where given, answers in `accuracy`."""
 
-    def __init__(self, engine: NetworkEngine, world: Group, *, label_smoothing: float, call_empty: bool) -> None:
-        self.engine, self.world = engine, world
+    def __init__(
+        self,
+        engine: NetworkEngine,
+        world: Group,
+        *,
+        label_smoothing: float,
+        call_empty: bool,
+        average: WeightAverage | None = None,
+    ) -> None:
+        self.engine, self.world, self.average = engine, world, average
         self.label_smoothing, self.call_empty = label_smoothing, call_empty
         self.micro_step = 0
 
-    def step(self, batches: Sequence[MicroBatch], sums: StepSums) -> bool:
+    def step(self, batches: Sequence[MicroBatch], sums: StepSums, votes: list[int] | None = None) -> bool:
         """See CollaborationStep.step."""
         for index, batch in enumerate(batches):
             samples = int(self.world.all_reduce_sum(torch.tensor([len(batch.labels)], device=batch.images.device)))
@@ -39,18 +48,24 @@ class SingleStep:
         stepped = self.engine.step()
         if not stepped:
             sums.skipped.append(self.engine.name)
+        if votes is not None:
+            votes[:] = self.world.all_reduce_sum(torch.tensor(votes, device=batches[0].images.device)).tolist()
         return stepped
 
     @torch.no_grad()
     def accuracy(self, batches: Iterable[MicroBatch], precision: str) -> tuple[int, int]:
         """Images answered right and images seen, over all ranks. Collective."""
-        average_statistics(self.engine.network, self.world)
+        network = self.engine.network
+        average_statistics(network, self.world)  # training is the same, whichever network answers
+        if self.average is not None:
+            network = self.average.network
+            average_statistics(network, self.world)
         self.engine.network.eval()
-        counts = torch.zeros(2, dtype=torch.int64, device=next(self.engine.network.parameters()).device)
+        counts = torch.zeros(2, dtype=torch.int64, device=next(network.parameters()).device)
         for batch in batches:
             if len(batch.labels):
                 with autocast(precision, batch.images.device):
-                    right = self.engine.network(batch.images).argmax(1) == batch.labels
+                    right = network(batch.images).argmax(1) == batch.labels
                 counts += torch.stack([right.sum(), torch.tensor(len(right), device=right.device)])
         self.engine.network.train()
         self.world.all_reduce_sum(counts)

@@ -82,10 +82,12 @@ class CollaborationStep:
                 f"expert {expert}: wrong replica group"
             )
 
-    def step(self, batches: Sequence[MicroBatch], sums: StepSums) -> bool:
+    def step(self, batches: Sequence[MicroBatch], sums: StepSums, votes: list[int] | None = None) -> bool:
         """One optimizer step over the accumulated micro-batches. False when a non-finite value made it skip a network.
 
-        Raises NonFiniteError, on every rank, when logits or losses are not finite (gradients are then cleared).
+        votes: numbers of this rank, in the end replaced by their sums over all ranks (they travel with what every step
+        must agree on). Raises NonFiniteError, on every rank, when logits or losses are not finite; gradients are then
+        cleared and votes as they were.
         """
         try:
             for index, batch in enumerate(batches):
@@ -97,8 +99,11 @@ class CollaborationStep:
         failed = [engine.name for engine in self._engines() if not engine.step()]
         sums.skipped += failed
         # every rank learns whether any network of any rank had a non-finite gradient
-        flag = torch.tensor([len(failed)], device=batches[0].images.device)
-        return int(self.router.groups.world.all_reduce_sum(flag)) == 0
+        counts = torch.tensor([len(failed), *(votes or ())], device=batches[0].images.device)
+        networks, *sums_of_votes = self.router.groups.world.all_reduce_sum(counts).tolist()
+        if votes is not None:
+            votes[:] = sums_of_votes
+        return int(networks) == 0
 
     def _engines(self) -> list[NetworkEngine]:
         return [self.delegator, *(self.experts[expert] for expert in sorted(self.experts))]

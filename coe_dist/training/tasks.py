@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from coe_dist.parallel.groups import Groups
@@ -16,9 +17,10 @@ from coe_dist.parallel.router_process import ChildChannel
 from coe_dist.parallel.solvers import LocalSolver, Problems, RankZeroSolver, ReplicatedSolver, Solver
 from coe_dist.seeds import derive_seed
 from coe_dist.training import evaluation
+from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine
 from coe_dist.training.job import Job
-from coe_dist.training.networks import NetworkBuilder, collaboration_engines, engine_for
+from coe_dist.training.networks import NetworkBuilder, averages_of, collaboration_engines, engine_for
 from coe_dist.training.run_folder import evaluation_file
 from coe_dist.training.single import SingleStep
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
@@ -33,7 +35,13 @@ class Task(Protocol):
     experts: int
     experts_per_sample: int
 
+    averages: dict[str, WeightAverage]  # by name of the network; empty without training.ema_decay
+
     def engines(self) -> list[NetworkEngine]: ...
+    def router_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the router, JSON-serialisable. Equal on every rank, or rank 0's is kept."""
+
+    def load_router_state(self, state: dict[str, Any]) -> None: ...
     def close(self) -> None:
         """Ends what the task started (a router process)."""
 
@@ -61,9 +69,8 @@ def build_task(
     return CollaborationTask(job, builder, groups, device, open_channel)
 
 
-def build_solver(job: Job, groups: Groups, open_channel: OpenChannel) -> Solver:
+def build_solver(job: Job, problems: Problems, groups: Groups, open_channel: OpenChannel) -> Solver:
     config = job.config
-    problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
     if config.router.scope == "local":
         return LocalSolver(problems, groups.world, groups.rank)
     if config.router.where == "rank0":
@@ -97,8 +104,12 @@ class CollaborationTask:
         self.config, self.builder, self.groups, self.device = config, builder, groups, device
         self.run_dir = Path(job.run_dir)
         self.experts, self.experts_per_sample = config.experts.count, config.experts_per_sample
-        self.solver = build_solver(job, groups, open_channel)  # first: a router process starts while engines are built
+        self.problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
+        self.solver = build_solver(
+            job, self.problems, groups, open_channel
+        )  # first: a router process starts while engines are built
         self.delegator, self.hosted = collaboration_engines(config, builder, groups, device)
+        self.averages = averages_of(self.engines(), config.training.ema_decay)
         router = Router(
             groups,
             self.solver,
@@ -124,11 +135,22 @@ class CollaborationTask:
             classes=len(builder.info.classes),
             precision=config.training.precision,
             final=config.early_exit.final,
+            averages=self.averages,
         )
         self.delegator_macs, self.expert_macs = builder.collaboration_macs()
 
     def engines(self) -> list[NetworkEngine]:
         return [self.delegator, *(self.hosted[expert] for expert in sorted(self.hosted))]
+
+    def router_state(self) -> dict[str, Any]:
+        prices = self.problems.prices_E  # none before the first step, and where a router process holds them
+        return {} if prices is None else {"prices": prices.tolist()}
+
+    def load_router_state(self, state: dict[str, Any]) -> None:
+        """The prices are a warm start only: plans do not depend on them. Those for another count are left out."""
+        prices = state.get("prices")
+        if prices is not None and len(prices) == self.experts:
+            self.problems.prices_E = np.array(prices)
 
     def close(self) -> None:
         self.solver.close()
@@ -242,6 +264,7 @@ class SingleTask:
         network = builder.single(job.network, "network", derive_seed(config.seed, "expert", 0))
         self.macs = builder.macs_of(network)
         self.engine = engine_for("single", network, config, groups.world, groups, device, self.learning_rate)
+        self.averages = averages_of([self.engine], config.training.ema_decay)
         training = config.training
         self.step = SingleStep(
             self.engine,
@@ -252,6 +275,12 @@ class SingleTask:
 
     def engines(self) -> list[NetworkEngine]:
         return [self.engine]
+
+    def router_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_router_state(self, state: dict[str, Any]) -> None:
+        pass
 
     def close(self) -> None:
         pass

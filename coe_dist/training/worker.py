@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from coe_dist import tracking
 from coe_dist.coe.warm_up import warm_up
 from coe_dist.config import RunConfig, load_config
 from coe_dist.data.sidecar import read_sidecar
-from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, InputError, TrainingError
+from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, InputError, TrainingError
 from coe_dist.parallel.groups import Groups, create_groups
 from coe_dist.parallel.process_solver import OpenChannel
 from coe_dist.parallel.router_process import ChildChannel
@@ -31,17 +32,22 @@ from coe_dist.training.job import Job
 from coe_dist.training.loop import Data, Loop
 from coe_dist.training.networks import NetworkBuilder
 from coe_dist.training.run_folder import check_folder, prepare_folder
+from coe_dist.training.stopping import clear_stop, listen_to_sigterm
 from coe_dist.training.tasks import CollaborationTask, Task, build_task
 
 
-def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> None:
+def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> bool:
     """Trains, or evaluates, as `job` says. Collective: every process of the group calls it with the same job.
 
+    Returns False when it was asked to stop before the end, and has saved (see stopping.py).
     `open_channel` starts the router process on rank 0 where the configuration asks for one (router.where: process).
     """
     config = job.config
     device = _device(config)
     torch.set_num_threads(config.workers.threads)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
     if job.task == "train":
         warm_up()  # now, while no other rank waits for this one in a collective
     _join_process_group(config, device)
@@ -51,23 +57,28 @@ def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> None:
     try:
         task = build_task(job, builder, groups, device, open_channel)
         try:
-            position = _resume(job, task, groups)
+            before = time.perf_counter()
+            position, save = _resume(job, task, groups)
+            resumed = {"resumed_from": save, "load_seconds": time.perf_counter() - before} if save else {}
             torch.set_num_threads(config.workers.threads)  # FFCV and DeepSpeed change it
             if job.task == "evaluate":
                 assert isinstance(task, CollaborationTask)
                 _evaluate(job, task, data)
-            else:
-                _train(job, task, data, position)
+                return True
+            return _train(job, task, data, position, resumed)
         finally:
             task.close()
     finally:
         data.close()
 
 
-def _train(job: Job, task: Task, data: Data, position: Position) -> None:
+def _train(job: Job, task: Task, data: Data, position: Position, resumed: dict[str, object]) -> bool:
     recorder = tracking.Recorder(Path(job.run_dir), job.config, job.mlflow_run_id) if data.groups.rank == 0 else None
     try:
-        Loop(job.config, task, data, data.groups, recorder, Path(job.run_dir), job.task).run(position)
+        loop = Loop(
+            job.config, task, data, data.groups, recorder, Path(job.run_dir), job.task, mlflow_run_id=job.mlflow_run_id
+        )
+        return loop.run(position, resumed)
     finally:
         if recorder is not None:
             recorder.close()
@@ -88,19 +99,24 @@ def _evaluate(job: Job, task: CollaborationTask, data: Data) -> None:
     task.report(data.batches, splits, budget=budget, given=given, stored=job.threshold is None)
 
 
-def _resume(job: Job, task: Task, groups: Groups) -> Position:
-    """Loads the newest valid checkpoint of the run folder, if there is one."""
+def _resume(job: Job, task: Task, groups: Groups) -> tuple[Position, str]:
+    """Loads the newest valid checkpoint of the run folder, if there is one; returns its position and name (or '')."""
     save, problems = checkpoint.agreed_save(Path(job.run_dir) / "checkpoints", groups)
     for problem in problems:
         warnings.warn(problem, stacklevel=1)
     if save is None:
         if job.task == "evaluate":
             raise InputError(f"{job.run_dir}: it holds no checkpoint to evaluate")
-        return Position()
-    position, _ = checkpoint.load(
-        save, task.engines(), experts=job.config.experts.count, optimizer=job.task != "evaluate"
+        return Position(), ""
+    position, manifest = checkpoint.load(
+        save,
+        task.engines(),
+        experts=job.config.experts.count,
+        averages=task.averages,
+        optimizer=job.task != "evaluate",
     )
-    return position
+    task.load_router_state(manifest.get("router") or {})
+    return position, save.name
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -144,9 +160,11 @@ def main(arguments: list[str]) -> int:
             check_run(config.model_copy(update={"workers": config.workers.model_copy(update={"count": world_size})}))
             check_folder(config, overwrite=False)  # every rank refuses by itself, none waits for another
             if os.environ.get("RANK", "0") == "0":
-                prepare_folder(config, overwrite=False)
+                clear_stop(prepare_folder(config, overwrite=False))
             job = Job(task="train", config=config, run_dir=str(config.run_dir.absolute()))
-        run_worker(job)
+        listen_to_sigterm()
+        if not run_worker(job):
+            return EXIT_PREEMPTED
     except InputError as error:
         print(f"coe-dist: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

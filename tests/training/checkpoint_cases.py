@@ -14,7 +14,7 @@ from reference import Case, batch_of
 from coe_dist.data.order import share
 from coe_dist.errors import TrainingError
 from coe_dist.parallel.groups import Groups, create_groups
-from coe_dist.training import checkpoint
+from coe_dist.training import checkpoint, saving
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.engines import NetworkEngine
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
@@ -59,9 +59,7 @@ def train(case: Case, groups: Groups, step: CollaborationStep, first: int, last:
 
 
 def save(folder: Path, step: CollaborationStep, groups: Groups, position: Position, keep: int = 2) -> Path:
-    return checkpoint.save(
-        folder, engines_of(step), groups, position, config_digest="d", extra={"config": {}}, keep=keep
-    )
+    return saving.save(folder, engines_of(step), groups, position, extra={"config": {}}, keep=keep)
 
 
 def run(folder: Path) -> None:

@@ -16,7 +16,7 @@ from coe_dist import cli
 from coe_dist.config import OptimizerConfig, TrainingConfig
 from coe_dist.errors import InputError
 from coe_dist.parallel.groups import create_groups
-from coe_dist.training import checkpoint
+from coe_dist.training import checkpoint, saving
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.engines import build_engine
 from coe_dist.training.inspection import inspect_run, open_collaboration, recorded_loads, show_inspection
@@ -112,9 +112,7 @@ def test_the_run_of_a_single_network(tmp_path: Path) -> None:
     training = TrainingConfig(engine="torch")
     optimizer = build_optimizer(network, OptimizerConfig(), 0.1)
     engine = build_engine("single", network, optimizer, training, groups.world, groups.alone)
-    checkpoint.save(
-        tmp_path / "checkpoints", [engine], groups, Position(1), config_digest="", extra={"config": {}}, keep=1
-    )
+    saving.save(tmp_path / "checkpoints", [engine], groups, Position(1), extra={"config": {}}, keep=1)
     result = inspect_run(tmp_path)
     assert [(n["name"], n["weights"], n["load"]) for n in result["networks"]] == [("single", "ok", None)]
     with pytest.raises(InputError, match="it is the run of a single network"):
