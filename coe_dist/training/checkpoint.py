@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,12 +141,14 @@ def load(
     engines: list[NetworkEngine],
     *,
     experts: int,
+    classes: Sequence[str] | None = None,
     averages: Mapping[str, WeightAverage] | None = None,
     optimizer: bool = True,
 ) -> tuple[Position, dict[str, Any]]:
     """Loads this rank's networks from a save of any world size; returns the position and the manifest.
 
-    Raises InputError when the save holds other networks, or no averages where some are asked for.
+    Raises InputError when the save holds other networks, was trained for other classes than those given, or holds no
+    averages where some are asked for.
     """
     manifest = json.loads((save / "manifest.json").read_text())
     if manifest["experts"] != experts:
@@ -154,6 +156,9 @@ def load(
             f"{save}: it holds {manifest['experts']} experts, experts.count is {experts}; "
             "`coe-dist scale` changes the count"
         )
+    trained = manifest.get("classes")
+    if classes is not None and trained is not None and list(classes) != trained:
+        raise InputError(f"{save}: its classes are {_told(trained)}, those of the data {_told(classes)}")
     for engine in engines:
         load_weights(save, engine.network, engine.name)
         path = save / f"{network_file(engine.name)}.optim.pt"
@@ -166,6 +171,10 @@ def load(
         average.updates = int(manifest["ema"]["updates"])
     position = Position(*(manifest[name] for name in ("step", "epoch", "step_in_epoch", "micro_step")))
     return position, manifest
+
+
+def _told(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:3]) + (f", ... ({len(classes)})" if len(classes) > 3 else "")
 
 
 def load_weights(save: Path, network: torch.nn.Module, name: str, end: str = "safetensors") -> None:

@@ -146,7 +146,7 @@ class Loop:
                 self._record("evaluation", step, epoch, metrics, split="validation")
                 self._finish_save()
                 if self.groups.rank == 0 and self.saved is not None and self.saved.name == save_name(step):
-                    mark_best(self.saved.parent, self.saved, metrics["val/top1"])
+                    mark_best(self.saved, metrics["val/top1"], keep=self.config.training.keep_checkpoints)
         self._finish_save()
         before = time.perf_counter()
         with naming(f"evaluation after step {step}"):
@@ -236,6 +236,7 @@ class Loop:
             extra={
                 "config": self.config.model_dump(mode="json"),
                 "config_digest": self.config.digest(),
+                "classes": list(self.task.classes),
                 "mlflow_run_id": self.mlflow_run_id,
                 # every stream is derived by name from the seed, the epoch, the step and the sample's id
                 "rng": {"seed": self.config.seed},

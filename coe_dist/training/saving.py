@@ -188,23 +188,30 @@ class PendingSave:
             shutil.rmtree(self.target)
         self._partial.rename(self.target)
         _replace(folder / "latest", self.target.name.encode())
-        best = best_save(folder)
-        for old in [save for save in complete_saves(folder) if save.name <= self.target.name][self._keep :]:
-            if best is None or old != best[0]:
-                shutil.rmtree(old, ignore_errors=True)
+        _prune(folder, self.target, self._keep)
         for left in folder.glob(".partial-step-*"):  # by a crash
             shutil.rmtree(left, ignore_errors=True)
 
 
-def mark_best(folder: Path, save: Path, top1: float) -> bool:
-    """Names `save` as the best one when its top-1 (0 to 1) beats the best so far; says whether it did. Rank 0 only.
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Removes what is neither among the `keep` newest saves nor the best one."""
+    best = best_save(folder)
+    for old in [save for save in complete_saves(folder) if save.name <= newest.name][keep:]:
+        if best is None or old != best[0]:
+            shutil.rmtree(old, ignore_errors=True)
 
-    A best save is not removed until a better one takes its place.
+
+def mark_best(save: Path, top1: float, *, keep: int) -> bool:
+    """Names `save`, the newest one, as the best when its top-1 (0 to 1) beats the best so far; says whether it did.
+
+    Rank 0 only. The best save is not removed until a better one takes its place.
     """
+    folder = save.parent
     best = best_save(folder)
     if best is not None and top1 <= best[1]:
         return False
     _replace(folder / "best", json.dumps({"save": save.name, "top1": top1}).encode())
+    _prune(folder, save, keep)
     return True
 
 

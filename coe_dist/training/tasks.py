@@ -34,6 +34,7 @@ class Task(Protocol):
 
     experts: int
     experts_per_sample: int
+    classes: tuple[str, ...]
 
     averages: dict[str, WeightAverage]  # by name of the network; empty without training.ema_decay
 
@@ -102,7 +103,7 @@ class CollaborationTask:
     ) -> None:
         config = job.config
         self.config, self.builder, self.groups, self.device = config, builder, groups, device
-        self.run_dir = Path(job.run_dir)
+        self.run_dir, self.classes = Path(job.run_dir), builder.info.classes
         self.experts, self.experts_per_sample = config.experts.count, config.experts_per_sample
         self.problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
         self.solver = build_solver(
@@ -258,6 +259,7 @@ class SingleTask:
         assert job.network is not None
         config = job.config
         self.config, self.groups, self.device, self.run_dir = config, groups, device, Path(job.run_dir)
+        self.classes = builder.info.classes
         optimizer = config.training.optimizer
         self.learning_rate = optimizer.expert_learning_rate or optimizer.learning_rate
         # the seed of expert 0: the baseline starts from the very weights that expert starts from

@@ -112,6 +112,7 @@ def _resume(job: Job, task: Task, groups: Groups) -> tuple[Position, str]:
         save,
         task.engines(),
         experts=job.config.experts.count,
+        classes=task.classes,
         averages=task.averages,
         optimizer=job.task != "evaluate",
     )

@@ -20,7 +20,7 @@ from training.checkpoint_cases import digests, engines_of, save, train
 from coe_dist.errors import InputError
 from coe_dist.parallel.groups import create_groups
 from coe_dist.parallel.placement import ExpertPlacement
-from coe_dist.training import checkpoint
+from coe_dist.training import checkpoint, saving
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.step import CollaborationStep
 
@@ -200,6 +200,45 @@ def test_the_newest_saves_are_kept(keep: int, tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["latest", *["step-00000009", "step-00000010"][2 - keep :]]
     assert checkpoint.latest_valid(tmp_path) == (tmp_path / "step-00000010", [])
+
+
+def test_the_best_save_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    groups = create_groups(CASE.experts, timeout_seconds=60)
+    step = build_step(CASE, groups, None)
+    for done, top1 in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6), (5, 0.8), (6, 0.1)):
+        made = save(tmp_path, step, groups, Position(done), keep=1)
+        assert saving.mark_best(made, top1, keep=1) == (done in (1, 2, 5))  # an equal one is not better
+        best = tmp_path / f"step-0000000{ {1: 1, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5}[done] }"
+        assert checkpoint.best_save(tmp_path) == (best, {1: 0.5, 2: 0.7, 5: 0.8}[int(best.name[-1])])
+        assert checkpoint.complete_saves(tmp_path) == sorted({made, best}, reverse=True)
+    (tmp_path / "best").write_text("{")
+    assert checkpoint.best_save(tmp_path) is None
+
+
+def test_training_may_go_on_while_a_save_is_written(tmp_path: Path) -> None:
+    groups = create_groups(CASE.experts, timeout_seconds=60)
+    step = build_step(CASE, groups, None)
+    train(CASE, groups, step, 0, 1)
+    before = digests(engines_of(step))
+    pending = saving.start(tmp_path, engines_of(step), groups, Position(1), extra={"config": {}}, keep=1)
+    train(CASE, groups, step, 1, 3)
+    assert checkpoint.latest_valid(tmp_path) == (None, [])  # it does not exist before finish
+    assert pending.finish() == tmp_path / "step-00000001"
+    assert pending.bytes == sum(path.stat().st_size for path in pending.target.iterdir() if path.suffix != ".json")
+    other = build_step(CASE, groups, None)
+    checkpoint.load(pending.target, engines_of(other), experts=CASE.experts)
+    assert digests(engines_of(other)) == before != digests(engines_of(step))
+
+
+def test_a_save_of_other_classes_is_refused(tmp_path: Path) -> None:
+    groups = create_groups(CASE.experts, timeout_seconds=60)
+    engines = engines_of(build_step(CASE, groups, None))
+    made = saving.save(tmp_path, engines, groups, Position(1), extra={"classes": ["cat", "dog", "eel", "fox"]}, keep=1)
+    checkpoint.load(made, engines, experts=CASE.experts, classes=("cat", "dog", "eel", "fox"))
+    with pytest.raises(
+        InputError, match=r"its classes are cat, dog, eel, \.\.\. \(4\), those of the data cat, eel, dog, "
+    ):
+        checkpoint.load(made, engines, experts=CASE.experts, classes=("cat", "eel", "dog", "fox"))
 
 
 @pytest.fixture
