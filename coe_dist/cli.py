@@ -133,12 +133,17 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
 
 @export_app.command("weights", epilog="Example: coe-dist export weights runs/demo --out demo-weights")
 def export_weights(
-    run: RunPath, out: Annotated[Path, typer.Option(help="The new folder for config.json and the weights.")]
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="The new folder for config.json and the weights.")],
+    weights: Annotated[
+        Literal["ema", "raw"] | None,
+        typer.Option(help="The moving averages of the weights, or the last step's; by default averages if there are."),
+    ] = None,
 ) -> None:
     """Write a folder for coe_dist.inference.CollaborationOfExperts.from_pretrained."""
     from coe_dist.training.export import export_weights as write
 
-    for warning in write(run, out):
+    for warning in write(run, out, weights):
         print(f"coe-dist: {warning}", file=sys.stderr)
     print(out)
 

@@ -56,6 +56,7 @@ class PretrainedConfig(Section):
     final: Literal["expert", "average"]
     delegator_macs: Count
     expert_macs: list[Count]
+    weights: Literal["ema", "raw"] = "raw"  # of the run: the moving average of its weights, or the last step's
     files: dict[str, WeightsFile]
     run: str
     step: int

@@ -52,7 +52,7 @@ def check_workers(config: RunConfig) -> None:
 
 
 def run_under_ray(
-    worker_fn: Callable[[JobT], None], job: JobT, *, address: str | None = None, session: RaySession | None = None
+    worker_fn: Callable[[JobT], object], job: JobT, *, address: str | None = None, session: RaySession | None = None
 ) -> None:
     """Runs `worker_fn(job)` on `job.config.workers.count` workers and returns when all are done.
 
@@ -81,7 +81,7 @@ def run_under_ray(
 
 
 def _fit(
-    worker_fn: Callable[[JobT], None], job: JobT, session: RaySession, name: str, cpus: float, gpus: float
+    worker_fn: Callable[[JobT], object], job: JobT, session: RaySession, name: str, cpus: float, gpus: float
 ) -> None:
     # Read by Ray Train in this process: workers stay in the working directory, so relative paths keep their meaning.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -142,7 +142,7 @@ def _fit(
         raise InputError(refused.read_text())
 
 
-def _work(worker_fn: Callable[[JobT], None], job: JobT, refused: Path, directory: str | None) -> None:
+def _work(worker_fn: Callable[[JobT], object], job: JobT, refused: Path, directory: str | None) -> None:
     """Runs in every worker process, in Ray Train's training thread."""
     if refused.exists():
         return  # a restart (workers.max_failures) cannot mend bad input: end at once

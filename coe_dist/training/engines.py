@@ -101,11 +101,6 @@ def wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def gradient_norm(network: nn.Module) -> torch.Tensor:
-    """2-norm over all gradients of the network, a scalar."""
-    return total_norm(gradients_of(network.parameters()))
-
-
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
@@ -124,11 +119,11 @@ def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     return norm
 
 
-def clip_gradients(network: nn.Module, norm: float, limit: float) -> None:
-    """Scales the gradients so that their norm is at most `limit`, with torch's rule limit / (norm + 1e-6)."""
+def clip_gradients(gradients: list[torch.Tensor], norm: float, limit: float) -> None:
+    """Scales gradients of this norm to at most `limit`, with torch's rule limit / (norm + 1e-6)."""
     factor = limit / (norm + 1e-6)
     if factor < 1.0:
-        torch._foreach_mul_([p.grad for p in network.parameters() if p.grad is not None], factor)
+        torch._foreach_mul_(gradients, factor)
 
 
 class TorchEngine:
@@ -161,11 +156,12 @@ class TorchEngine:
                 parameter.grad = part.view_as(parameter)
 
     def step(self) -> bool:
-        self.grad_norm = float(total_norm(gradients_of(self._parameters)))
+        gradients = gradients_of(self._parameters)
+        self.grad_norm = float(total_norm(gradients))
         finite = math.isfinite(self.grad_norm)
         if finite:
             if self.clip_norm is not None:
-                clip_gradients(self.network, self.grad_norm, self.clip_norm)
+                clip_gradients(gradients, self.grad_norm, self.clip_norm)
             self.optimizer.step()
         self.zero_grad()
         return finite

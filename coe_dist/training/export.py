@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file
 
@@ -18,37 +18,53 @@ from coe_dist.training.checkpoint import load_weights
 from coe_dist.training.inspection import Collaboration, described, open_collaboration
 from coe_dist.training.scaling import check_new
 
+Weights = Literal["ema", "raw"]
 
-def export_weights(run_dir: Path, out: Path) -> list[str]:
-    """Copies the weights of the newest valid save to the new folder `out`; returns a warning for each damaged save.
 
-    `out` appears whole or not at all. Raises InputError for a run without a valid checkpoint of a collaboration, a
-    MACs budget that no threshold was calibrated for, class names that are nowhere, and an `out` that exists or cannot
-    be written.
+def export_weights(run_dir: Path, out: Path, weights: Weights | None = None) -> list[str]:
+    """Copies the weights of the newest valid save to the new folder `out`; returns warnings: one for each damaged save,
+    one when the threshold was calibrated for other weights than these.
+
+    weights: the moving averages (which evaluation uses where the run holds them) or the last step's; None: the averages
+    where there are some. `out` appears whole or not at all. Raises InputError for a run without a valid checkpoint of a
+    collaboration, averages that it does not hold, a MACs budget that no threshold was calibrated for, class names that
+    are nowhere, and an `out` that exists or cannot be written.
     """
     check_new(out)
     source = open_collaboration(run_dir)
-    config = pretrained_config(run_dir, source)
+    averaged = source.manifest.get("ema") is not None
+    if weights == "ema" and not averaged:
+        raise InputError(f"--weights: ema is not allowed; {run_dir} holds no averages of its weights, give raw")
+    weights = weights or ("ema" if averaged else "raw")
+    config = pretrained_config(run_dir, source, weights)
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
         partial.mkdir(parents=True)
         for name in config.files:
-            shutil.copyfile(source.save / name, partial / name)
+            shutil.copyfile(source.save / _saved_as(name, weights), partial / name)
         (partial / CONFIG_FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1, ensure_ascii=False))
         partial.rename(out)
     except OSError as error:
         raise InputError(f"--out: {out} is not allowed; it cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return source.warnings
+    other = []
+    if weights == "raw" and averaged and config.threshold is not None and source.config.early_exit.threshold is None:
+        other = [f"the early-exit threshold {config.threshold:g} was calibrated with the averaged weights, not these"]
+    return [*source.warnings, *other]
 
 
-def pretrained_config(run_dir: Path, source: Collaboration) -> PretrainedConfig:
+def _saved_as(name: str, weights: Weights) -> str:
+    """What a save calls the file that an export calls `name` (expert-0003.safetensors)."""
+    return name if weights == "raw" else f"{name.removesuffix('safetensors')}ema.safetensors"
+
+
+def pretrained_config(run_dir: Path, source: Collaboration, weights: Weights) -> PretrainedConfig:
     """What config.json says. The pixel statistics are those inside the weights, not the data set's of today."""
-    config, save = source.config, source.save
+    config, save, saved = source.config, source.save, source.manifest["files"]
     shape = described(load_file(save / "delegator.safetensors"), save / "delegator.safetensors")
-    weights = {name: digest for name, digest in source.manifest["files"].items() if name.endswith(".safetensors")}
+    files = {name: _saved_as(name, weights) for name in saved if name.count(".") == 1 and name.endswith(".safetensors")}
     draft: dict[str, Any] = {
         "delegator": NetworkConfig(network=config.delegator.network, options=config.delegator.options),
         "experts": NetworkConfig(network=config.experts.network, options=config.experts.options),
@@ -60,8 +76,9 @@ def pretrained_config(run_dir: Path, source: Collaboration) -> PretrainedConfig:
         "final": config.early_exit.final,
         "delegator_macs": 1,  # until the networks are there to be counted
         "expert_macs": [1] * config.experts.count,
+        "weights": weights,
         "files": {
-            name: WeightsFile(sha256=digest, bytes=(save / name).stat().st_size) for name, digest in weights.items()
+            name: WeightsFile(sha256=saved[own], bytes=(save / own).stat().st_size) for name, own in files.items()
         },
         "run": run_dir.resolve().name,
         "step": source.manifest["step"],
@@ -70,7 +87,9 @@ def pretrained_config(run_dir: Path, source: Collaboration) -> PretrainedConfig:
     built, macs = PretrainedConfig(**draft), []
     for name in ("delegator", "expert 0"):
         network = built.build(name)
-        load_weights(save, network, name)  # refuses weights of other networks than the configuration's
+        load_weights(
+            save, network, name, _saved_as("safetensors", weights)
+        )  # refuses weights of other networks than the configuration's
         macs.append(count_macs(network, channels=built.channels, resolution=built.resolution))
     return built.model_copy(update={"delegator_macs": macs[0], "expert_macs": [macs[1]] * built.count})
 

@@ -49,11 +49,13 @@ def open_collaboration(run_dir: Path) -> Collaboration:
     if "delegator.safetensors" not in manifest["files"]:
         raise InputError(f"{run_dir}: it is the run of a single network; give the run of a collaboration")
     config = parse_config(manifest.get("config"))
-    missing = [stem for stem in map(network_file, stems(config.experts.count)) if not _holds(manifest, stem)]
+    ends = ("safetensors", "ema.safetensors") if manifest.get("ema") else ("safetensors",)
+    wanted = [f"{network_file(name)}.{end}" for end in ends for name in stems(config.experts.count)]
+    missing = [name for name in wanted if name not in manifest["files"]]
     if missing or manifest["experts"] != config.experts.count:
         raise InputError(
             f"{save}: its manifest names {manifest['experts']} experts, its configuration {config.experts.count}"
-            + (f"; {missing[0]}.safetensors is missing" if missing else "")
+            + (f"; {missing[0]} is missing" if missing else "")
         )
     return Collaboration(save, manifest, config, warnings)
 
@@ -95,9 +97,10 @@ def inspect_run(run_dir: Path) -> dict[str, Any]:
     """Describes the newest save that has a readable manifest, also when files of it are damaged.
 
     Keys: run, checkpoint, step, epoch, step_in_epoch, micro_step, experts, valid, resumes_from (the save that training
-    would go on from, or null), networks, loads_from, scaled (see coe_dist.training.scaling; null), warnings. Each
-    network: name, sha256 (of its weights' file as it is on the disk; null when there is none), bytes, load (fraction of
-    images; null when not recorded), weights and optimizer ("ok", or what is wrong with the file).
+    would go on from, or null), networks, loads_from, scaled (see coe_dist.training.scaling; null), ema (decay and
+    updates of the weights' moving averages; null), warnings. Each network: name, sha256 (of its weights' file as it is
+    on the disk; null when there is none), bytes, load (fraction of images; null when not recorded), weights, optimizer
+    and average ("ok", or what is wrong with the file; average: null without moving averages).
     Raises InputError when there is no save, or none with a readable manifest.
     """
     folder, warnings = run_dir / "checkpoints", []
@@ -113,11 +116,13 @@ def inspect_run(run_dir: Path) -> dict[str, Any]:
     collaboration = any(name.startswith(("delegator", "expert")) for name in files)
     names = list(stems(experts)) if collaboration else sorted({name.split(".")[0] for name in files})
     loads = recorded_loads(run_dir, experts) if collaboration else None
-    networks = [_network(save, files, name) for name in names]
+    averaged = bool(manifest.get("ema"))
+    networks = [_network(save, files, name, averaged) for name in names]
     for network in networks:
         number = network["name"].removeprefix("expert ")
         network["load"] = loads[0][int(number)] if loads and number.isdigit() else None
-    known = {f"{network_file(name)}.{end}" for name in names for end in ("safetensors", "optim.pt")}
+    ends = ("safetensors", "optim.pt", "ema.safetensors")[: 3 if averaged else 2]
+    known = {f"{network_file(name)}.{end}" for name in names for end in ends}
     warnings += [f"{name}: {_state(save, files, name)}" for name in sorted(set(files) - known)]
     valid = not damage(save)
     return {
@@ -130,6 +135,7 @@ def inspect_run(run_dir: Path) -> dict[str, Any]:
         "networks": networks,
         "loads_from": loads[1] if loads else None,
         "scaled": manifest.get("scaled"),
+        "ema": manifest.get("ema"),
         "warnings": warnings,
     }
 
@@ -141,7 +147,8 @@ def show_inspection(result: dict[str, Any]) -> None:
 
     console = Console(soft_wrap=True)
     table = Table(title=f"{result['run']}: {result['checkpoint']}, step {result['step']}, epoch {result['epoch']}")
-    for heading in ("network", "sha256", "bytes", "chosen for", "weights", "optimizer"):
+    averages = ["average"] if result["ema"] else []
+    for heading in ("network", "sha256", "bytes", "chosen for", "weights", "optimizer", *averages):
         table.add_column(heading, justify="right" if heading in ("bytes", "chosen for") else "left")
     for network in result["networks"]:
         table.add_row(
@@ -151,6 +158,7 @@ def show_inspection(result: dict[str, Any]) -> None:
             "" if network["load"] is None else f"{100 * network['load']:.2f}%",
             network["weights"],
             network["optimizer"],
+            *(network[column] for column in averages),
         )
     console.print(table)
     for warning in result["warnings"]:
@@ -159,12 +167,10 @@ def show_inspection(result: dict[str, Any]) -> None:
         console.print("every file verifies")
     else:
         console.print(f"damaged; training would go on from {result['resumes_from'] or 'the beginning'}")
+    if result["ema"]:
+        console.print(f"averages of the weights: decay {result['ema']['decay']}, {result['ema']['updates']} updates")
     if result["scaled"]:
         console.print(f"scaled from {result['scaled']['run']}; experts come from {result['scaled']['parents']}")
-
-
-def _holds(manifest: dict[str, Any], stem: str) -> bool:
-    return f"{stem}.safetensors" in manifest["files"]
 
 
 def _name(save: Path | None) -> str | None:
@@ -184,8 +190,10 @@ def _manifest(save: Path) -> dict[str, Any] | None:
     return None if any(type(manifest.get(key)) is not int for key in ("experts", *vars(Position()))) else manifest
 
 
-def _network(save: Path, files: dict[str, str], name: str) -> dict[str, Any]:
-    weights, optimizer = (f"{network_file(name)}.{end}" for end in ("safetensors", "optim.pt"))
+def _network(save: Path, files: dict[str, str], name: str, averaged: bool) -> dict[str, Any]:
+    weights, optimizer, average = (
+        f"{network_file(name)}.{end}" for end in ("safetensors", "optim.pt", "ema.safetensors")
+    )
     path = save / weights
     return {
         "name": name,
@@ -193,6 +201,7 @@ def _network(save: Path, files: dict[str, str], name: str) -> dict[str, Any]:
         "bytes": path.stat().st_size if path.is_file() else 0,
         "weights": _state(save, files, weights),
         "optimizer": _state(save, files, optimizer),
+        "average": _state(save, files, average) if averaged else None,
     }
 
 

@@ -6,6 +6,7 @@
 2. Experts. Weights and optimizer state of expert parents[j]. A second child of one parent gets noise on its parameters
    (not on running statistics): S times the root mean square of the tensor, normally distributed.
 3. Delegator. Row j of the selection head, and of its optimizer state, is the old row parents[j], exactly.
+4. Moving averages of the weights, where the run has them, are changed as the weights are, by the very same noise.
 
 All of it is our own rule. About the copied row: parent and child have equal selection logits (up to a matrix product's
 rounding, which decides between them), so inference chooses one of them where it chose the parent; without noise they
@@ -141,16 +142,17 @@ def _write_files(source: Collaboration, save: Path, parents: list[int], noise: f
         raise InputError(f"{source.save}: {unknown[0]} is a file that this version does not know how to scale")
     for name in sorted(name for name in files if name.startswith("delegator.")):
         yield _write_delegator(source.save / name, save, section.count, parents)
-    trainable = None
+    trainable: set[str] | None = None
     for child, parent in enumerate(parents):
         stem, own_stem = network_file(f"expert {parent}"), network_file(f"expert {child}")
         for name in sorted(name for name in files if name.startswith(f"{stem}.")):
             path = save / f"{own_stem}{name.removeprefix(stem)}"
             if name.endswith(".safetensors") and noise > 0 and parent in parents[:child]:
-                weights = load_file(source.save / name)
-                trainable = trainable or _trainable(section, weights, source.save / name)
-                seed = derive_seed(source.config.seed, "scale", child)
-                yield _write(path, to_bytes(perturbed(weights, trainable, noise, seed)))
+                own = source.save / f"{stem}.safetensors"
+                weights = load_file(own)
+                trainable = trainable or _trainable(section, weights, own)
+                added = noise_for(weights, trainable, noise, derive_seed(source.config.seed, "scale", child))
+                yield _write(path, to_bytes(with_noise(load_file(source.save / name), added)))
             else:
                 shutil.copyfile(source.save / name, path)
                 yield {path.name: files[name]}
@@ -182,18 +184,23 @@ def _write(path: Path, content: bytes) -> dict[str, str]:
     return {path.name: hashlib.sha256(content).hexdigest()}
 
 
-def perturbed(
+def noise_for(
     weights: dict[str, torch.Tensor], trainable: set[str], noise: float, seed: int
 ) -> dict[str, torch.Tensor]:
-    """A copy of `weights` whose trainable tensors have normal noise of `noise` times their root mean square added."""
-    result = dict(weights)
+    """For each trainable tensor normal noise of `noise` times its root mean square, float64, reproducible by `seed`."""
+    result = {}
     for name in sorted(trainable):
         value = weights[name].double()
         generator = torch.Generator().manual_seed(derive_seed(seed, name))
         spread = noise * value.square().mean().sqrt()
-        step = torch.randn(value.shape, generator=generator, dtype=torch.float64) * spread
-        result[name] = (value + step).to(weights[name].dtype)
+        result[name] = torch.randn(value.shape, generator=generator, dtype=torch.float64) * spread
     return result
+
+
+def with_noise(weights: dict[str, torch.Tensor], noise: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of `weights` with noise added in float64 to the tensors that have some."""
+    moved = {name: (weights[name].double() + added).to(weights[name].dtype) for name, added in noise.items()}
+    return weights | moved
 
 
 def _trainable(section: NetworkConfig, weights: dict[str, torch.Tensor], path: Path) -> set[str]:

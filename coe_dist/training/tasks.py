@@ -273,6 +273,7 @@ class SingleTask:
             groups.world,
             label_smoothing=training.label_smoothing,
             call_empty=training.batchnorm == "group",
+            average=self.averages.get("single"),
         )
 
     def engines(self) -> list[NetworkEngine]:

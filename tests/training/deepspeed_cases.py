@@ -19,6 +19,7 @@ from coe_dist.config import OptimizerConfig, TrainingConfig
 from coe_dist.data.order import share
 from coe_dist.parallel.groups import Groups, create_groups
 from coe_dist.training.deepspeed_engine import DeepSpeedEngine, NetworkGroups, prepare_deepspeed
+from coe_dist.training.engines import build_engine
 from coe_dist.training.optim import build_optimizer
 from coe_dist.training.step import MicroBatch, StepSums
 
@@ -41,25 +42,73 @@ def without_guard() -> Iterator[None]:
 
 
 def trap(folder: Path, groups: Groups) -> dict[str, Any]:
-    """Largest parameter error against plain torch: guarded; and unguarded with each network's groups left as the
-    global, as if its engine had been built last."""
-    from deepspeed.utils import groups as deepspeed_groups
-
+    """Largest parameter error against plain torch: guarded at each stage, and at stage 0 unguarded with each network's
+    groups left as the global, as if its engine had been built last; `alone`: with the averaging of a lone rank's
+    gradients that our engine leaves out."""
     errors: dict[str, Any] = {}
     for stage in STAGES:
         case, expected = trap_case(stage), torch.load(folder / f"{stage}.pt", weights_only=False)
         errors[f"guarded {stage}"] = largest_error(run_case(case, groups, expected), expected)
-        for last in ("delegator", "expert"):
-            step = build_step(case, groups, expected)
-            engine: Any = step.delegator if last == "delegator" else step.experts[groups.rank]
-            with without_guard():
-                deepspeed_groups.mpu = engine._mpu
-                for index in range(case.steps):
-                    images, labels, ids = batch_of(case, index, 0)
-                    rows = slice(*share(len(labels), groups.rank, groups.world.size))
-                    step.step([MicroBatch(images[rows], labels[rows], ids[rows])], StepSums())
-                errors[f"{last} last {stage}"] = largest_error(step, expected)
+    case, expected = trap_case(0), torch.load(folder / "0.pt", weights_only=False)
+    errors["delegator last"] = unguarded(case, groups, expected, last="delegator", alone=False)
+    errors["delegator last, alone"] = unguarded(case, groups, expected, last="delegator", alone=True)
+    errors["expert last, alone"] = unguarded(case, groups, expected, last="expert", alone=True)
     return errors
+
+
+def unguarded(case: Case, groups: Groups, expected: Any, *, last: str, alone: bool) -> tuple[float, str]:
+    from deepspeed.utils import groups as deepspeed_groups
+
+    step = build_step(case, groups, expected)
+    engine: Any = step.delegator if last == "delegator" else step.experts[groups.rank]
+    if alone:
+        hosted: Any = step.experts[groups.rank]
+        hosted.engine.enable_backward_allreduce = True
+    with without_guard():
+        deepspeed_groups.mpu = engine._mpu
+        for index in range(case.steps):
+            images, labels, ids = batch_of(case, index, 0)
+            rows = slice(*share(len(labels), groups.rank, groups.world.size))
+            step.step([MicroBatch(images[rows], labels[rows], ids[rows])], StepSums())
+        return largest_error(step, expected)
+
+
+class UsedHalf(nn.Module):
+    """The loss does not reach `unused`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused = nn.Linear(5, 3), nn.Linear(3, 2)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.used(rows)
+
+
+def unreached(groups: Groups) -> dict[str, Any]:
+    """Parameters after three steps of two micro-batches each, by engine, of a network on a rank of its own, and whether
+    those that the loss does not reach moved; and what a gradient that is not finite then changes."""
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1)
+    result: dict[str, Any] = {}
+    for name in ("torch", "deepspeed"):
+        network = UsedHalf()
+        training = TrainingConfig(engine=name, clip_norm=0.5, optimizer=config)
+        optimizer = build_optimizer(network, config, config.learning_rate)
+        engine = build_engine("expert", network, optimizer, training, groups.experts[groups.rank], groups.alone)
+        rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            engine.backward(engine(rows[:3]).square().sum(), last=False)
+            engine.backward(engine(rows[3:]).square().sum(), last=True)
+            assert engine.step()
+        after = {key: value.clone() for key, value in network.state_dict().items()}
+        result[name] = {key: value.tolist() for key, value in after.items()}
+        result[f"{name} moved"] = not torch.equal(network.unused.weight, UsedHalf().unused.weight)
+        engine.backward(engine(rows * torch.nan).sum(), last=True)
+        result[f"{name} skipped"] = not engine.step() and all(
+            torch.equal(value, after[key]) for key, value in network.state_dict().items()
+        )
+        result[f"{name} cleared"] = all(parameter.grad is None for parameter in network.parameters())
+    return result
 
 
 def two_gradients(groups: Groups) -> tuple[nn.Linear, float]:
@@ -150,6 +199,7 @@ def run(folder: Path) -> None:
         "known": "deepspeed_shm_comm" in ALL_OPS,
         "compatible": deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"],
         "trap": trap(folder, groups),
+        "unreached": unreached(groups),
         "clipped": clipped(groups),
         "bf16": bf16(groups),
     }

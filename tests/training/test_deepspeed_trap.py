@@ -15,6 +15,8 @@ import torch
 from ranks import run_ranks
 from training.deepspeed_cases import STAGES, trap_case
 
+from coe_dist.training.deepspeed_engine import ListedNetwork
+
 Results = list[dict[str, Any]]
 
 
@@ -45,11 +47,42 @@ def test_at_stage_0_the_engine_built_last_decides_for_all_of_them(results: Resul
     """With the delegator's groups experts are averaged over ranks that hold other experts; with an expert's groups the
     delegator is not averaged at all. Nothing is raised."""
     for rank in range(2):
-        error, where = results[rank]["trap"]["delegator last 0"]
+        error, where = results[rank]["trap"]["delegator last, alone"]
         assert error > 1e-2, "DeepSpeed does it right now: `_activate` may go"
         assert where.startswith("expert")
-        error, where = results[rank]["trap"]["expert last 0"]
+        error, where = results[rank]["trap"]["expert last, alone"]
         assert error > 1e-2, "DeepSpeed does it right now: `_activate` may go"
+
+
+def test_a_lone_rank_averages_with_nobody(results: Results) -> None:
+    """Even with the delegator's groups as the global, the experts stay themselves."""
+    for rank in range(2):
+        error, where = results[rank]["trap"]["delegator last"]
+        assert error <= 1e-5, where
+
+
+def test_a_lone_rank_trains_like_plain_torch_what_the_loss_reaches_and_what_not(results: Results) -> None:
+    for rank in range(2):
+        seen = results[rank]["unreached"]
+        for name, values in seen["torch"].items():
+            assert torch.allclose(torch.tensor(seen["deepspeed"][name]), torch.tensor(values), rtol=1e-5, atol=1e-7)
+        for engine in ("torch", "deepspeed"):
+            assert seen[f"{engine} moved"]
+            assert seen[f"{engine} skipped"]
+            assert seen[f"{engine} cleared"]
+
+
+def test_the_network_that_deepspeed_gets_lists_the_parameters_of_ours() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    network[1].bias = network[0].bias  # shared: listed once
+    listed = ListedNetwork(network)
+    assert [id(p) for p in listed.parameters()] == [id(p) for p in network.parameters()]
+    names = [name for name, _ in listed.named_parameters()]
+    assert names == [f"network.{name}" for name, _ in network.named_parameters()]
+    assert list(listed.state_dict()) == [f"network.{name}" for name in network.state_dict()]
+    assert list(listed.parameters(recurse=False)) == []
+    assert len(list(listed.named_parameters(remove_duplicate=False))) == len(names) + 1
+    assert [name for name, _ in listed.named_parameters(prefix="x")] == [f"x.{name}" for name in names]
 
 
 def test_each_network_is_clipped_on_its_own_norm(results: Results) -> None:
