@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, TrainingError
+from coe_dist.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    InputError,
+    Preempted,
+    TrainingError,
+)
 
 app = typer.Typer(
     name="coe-dist",
@@ -226,7 +234,7 @@ def bench(
 
 
 def main() -> None:
-    """Maps errors to one line and exit codes: 2 bad input, 1 failed, 130 interrupted."""
+    """Maps errors to one line and exit codes: 2 bad input, 1 failed, 75 stopped and resumable, 130 interrupted."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
@@ -237,6 +245,8 @@ def main() -> None:
         _fail(str(error), EXIT_BAD_INPUT)
     except TrainingError as error:
         _fail(str(error), EXIT_FAILED)
+    except Preempted as error:
+        _fail(str(error), EXIT_PREEMPTED)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:

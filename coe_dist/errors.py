@@ -14,5 +14,9 @@ class InputError(ValueError):
     2."""
 
 
+class Preempted(Exception):  # noqa: N818  the run ended as it was asked to
+    """A run was asked to stop, has saved, and can be resumed: one line that says so. The command line exits with 75."""
+
+
 class TrainingError(RuntimeError):
     """A run cannot go on (non-finite loss, lost worker, ...): one line that names the step and the cause."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from coe_dist import tracking
 from coe_dist.config import NetworkConfig, RunConfig
-from coe_dist.errors import InputError
+from coe_dist.errors import InputError, Preempted
 from coe_dist.orchestration.progress import ProgressDisplay
 from coe_dist.orchestration.ray_session import RaySession, session_for
 from coe_dist.orchestration.ray_train import check_workers, run_under_ray
@@ -23,6 +23,7 @@ from coe_dist.training.run_folder import (
     locked,
     prepare_folder,
 )
+from coe_dist.training.stopping import clear_stop, preempted_at
 
 
 def train(config: RunConfig, *, address: str | None = None, overwrite: bool = False) -> Path:
@@ -57,6 +58,7 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
     from coe_dist.training.job import Job
 
     run_dir = prepare_folder(config, overwrite=overwrite)
+    clear_stop(run_dir)
     if network is not None:
         check_network(run_dir, network)
     tags = {
@@ -84,10 +86,13 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
     display.start()
     try:
         run_under_ray(run_worker_with_actor, job, session=session)
+        if (step := preempted_at(run_dir)) is not None:
+            status = "KILLED"
+            raise Preempted(f"stopped at step {step} and saved; the same command goes on from there")
         status = "FINISHED"
     except BaseException as error:
         # SIGTERM arrives as a SystemExit (signals.Terminated)
-        status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+        status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit | Preempted) else "FAILED"
         raise
     finally:
         display.stop()

@@ -214,7 +214,7 @@ def die_in_step(number: int, folder: Path, how: signal.Signals) -> None:
         original: Callable[..., bool] = step_module.CollaborationStep.step
         steps = iter(range(1, 100))
 
-        def step(self: CollaborationStep, batches: Any, sums: StepSums) -> bool:
+        def step(self: CollaborationStep, batches: Any, sums: StepSums, votes: list[int] | None = None) -> bool:
             if next(steps) == number:
                 dispatch = step_module.dispatch
 
@@ -223,7 +223,7 @@ def die_in_step(number: int, folder: Path, how: signal.Signals) -> None:
                     return dispatch(*arguments)
 
                 step_module.dispatch = fatal
-            return original(self, batches, sums)
+            return original(self, batches, sums, votes)
 
         step_module.CollaborationStep.step = step  # type: ignore[method-assign]
     begun = time.monotonic()
