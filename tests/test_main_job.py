@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,13 +86,13 @@ def test_evaluate_prints_the_contract(place: Path) -> None:
     assert all(set(point) == {"threshold", "exit_rate", "average_macs", "top1"} for point in result["curve"])
 
 
-def test_ctrl_c_ends_the_run_as_killed(place: Path) -> None:
-    run = place / "runs/interrupted"
-    arguments = ["train", str(ROOT / "configs/fashion_mnist.yaml"), "name=interrupted", "training.epochs=10000", *SMALL]
+@contextmanager
+def training(place: Path, name: str, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """`coe-dist train` with far too many epochs, from its first training record on."""
+    run = place / "runs" / name
+    arguments = ["train", str(ROOT / "configs/fashion_mnist.yaml"), f"name={name}", "training.epochs=10000", *SMALL]
     process = subprocess.Popen(
-        private_network_command(
-            [*COMMAND, *arguments, "workers.oversubscribe=true", "training.checkpoint_every=10000"]
-        ),
+        private_network_command([*COMMAND, *arguments, "workers.oversubscribe=true", *overrides]),
         cwd=place,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -104,11 +106,33 @@ def test_ctrl_c_ends_the_run_as_killed(place: Path) -> None:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline, "training did not start"
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=90)
+        yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_ends_the_run_as_killed(place: Path) -> None:
+    with training(place, "interrupted", "training.checkpoint_every=10000") as process:
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=90)
     assert process.returncode == 130, errors
     assert "coe-dist: interrupted" in errors.splitlines()
     assert statuses(place / "runs")["interrupted"] == "KILLED"
+
+
+def test_a_wish_to_stop_ends_the_run_saved(place: Path) -> None:
+    run = place / "runs/stopped"
+    run.mkdir(parents=True)
+    (run / "stop-requested").touch()  # of an earlier start: it must not stop this one before its first record
+    with training(place, "stopped", "training.checkpoint_every=10000", "training.evaluate_every=10000") as process:
+        (run / "stop-requested").touch()
+        _, errors = process.communicate(timeout=90)
+    assert process.returncode == 75, errors
+    step = json.loads((run / "preempted").read_text())["step"]
+    assert step > 1
+    assert f"coe-dist: stopped at step {step} and saved; the same command goes on from there" in errors.splitlines()
+    assert (run / "checkpoints/latest").read_text() == f"step-{step:08d}"
+    assert not (run / "stop-requested").exists()
+    assert not (run / "report.html").exists()
+    assert statuses(place / "runs")["stopped"] == "KILLED"
