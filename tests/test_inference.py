@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trained_run import CLASSES, images_of, real_run, small_run, write_loads
+from trained_run import CLASSES, answers_of, images_of, real_run, small_run, write_loads
 
 from coe_dist import cli
 from coe_dist.coe.early_exit import confidence
 from coe_dist.coe.macs import count_macs
-from coe_dist.data.loader import SplitLoader
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts
@@ -65,25 +64,9 @@ def test_a_real_run_answers_as_its_evaluation_says(tmp_path_factory: pytest.Temp
     export_weights(run, tmp_path / "weights")
     model = CollaborationOfExperts.from_pretrained(tmp_path / "weights")
     stored = json.loads((run / "evaluation-test.json").read_text())
-    loader = SplitLoader(
-        data / "test.beton",
-        global_batch=37,
-        rank=0,
-        world_size=1,
-        resolution=model.resolution,
-        seed=0,
-        train=False,
-        augmentation=None,
-    )
-    images, right, chosen = 0, 0, torch.zeros(3, dtype=torch.int64)
-    for batch in loader.epoch(0):
-        answer = model(batch.images_BCHW)
-        images += len(batch.labels_B)
-        right += int((answer.probabilities_NC.argmax(1) == batch.labels_B).sum())
-        chosen += torch.bincount(answer.expert_N, minlength=3)
-    loader.close()
-    assert (images, right / images) == (stored["images"], stored["top1"]["coe"])
-    assert (chosen / images).tolist() == pytest.approx(stored["load"])
+    images, top1, load = answers_of(model, data)
+    assert (images, top1) == (stored["images"], stored["top1"]["coe"])
+    assert load == pytest.approx(stored["load"])
     assert model.delegator_macs == stored["macs"]["delegator"]
     assert list(model.expert_macs) == stored["macs"]["experts"]
     assert model.classes == read_sidecar(data / "train.beton").classes

@@ -14,7 +14,9 @@ from ranks import run_ranks
 from small_data import small_config, write_small
 
 from coe_dist.config import load_config, parse_config
+from coe_dist.data.loader import SplitLoader
 from coe_dist.data.sidecar import SplitInfo
+from coe_dist.inference import CollaborationOfExperts
 from coe_dist.parallel.groups import create_groups
 from coe_dist.training import saving
 from coe_dist.training.checkpoint import Position
@@ -73,7 +75,7 @@ def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sect
         if step in steps:
             for network in (delegator.network, *(averages[name].network for name in averages if name == "delegator")):
                 _spread_selection(network)
-            saving.save(
+            saving.start(
                 config.run_dir / "checkpoints",
                 [delegator, *hosted.values()],
                 groups,
@@ -81,7 +83,7 @@ def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sect
                 averages=averages,
                 extra={"config": config.model_dump(mode="json"), "config_digest": config.digest(), **ema},
                 keep=len(steps),
-            )
+            ).finish()
     return config.run_dir
 
 
@@ -140,3 +142,25 @@ def real_run(base: Path) -> Path:
         (config.run_dir / "config.yaml").write_text(config.to_yaml())
         run_on_two_ranks(folder, [job_of(config.run_dir, "train")])
     return config.run_dir
+
+
+def answers_of(model: CollaborationOfExperts, data: Path) -> tuple[int, float, list[float]]:
+    """The model by itself on the test split: images, top-1, and the fraction of them that each expert is chosen for."""
+    loader = SplitLoader(
+        data / "test.beton",
+        global_batch=37,
+        rank=0,
+        world_size=1,
+        resolution=model.resolution,
+        seed=0,
+        train=False,
+        augmentation=None,
+    )
+    images, right, chosen = 0, 0, torch.zeros(len(model.experts), dtype=torch.int64)
+    for batch in loader.epoch(0):
+        answer = model(batch.images_BCHW)
+        images += len(batch.labels_B)
+        right += int((answer.probabilities_NC.argmax(1) == batch.labels_B).sum())
+        chosen += torch.bincount(answer.expert_N, minlength=len(chosen))
+    loader.close()
+    return images, right / images, (chosen / images).tolist()

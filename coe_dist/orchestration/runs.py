@@ -23,7 +23,7 @@ from coe_dist.training.run_folder import (
     locked,
     prepare_folder,
 )
-from coe_dist.training.stopping import clear_stop, preempted_at
+from coe_dist.training.stopping import preempted_at
 
 
 def train(config: RunConfig, *, address: str | None = None, overwrite: bool = False) -> Path:
@@ -58,7 +58,6 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
     from coe_dist.training.job import Job
 
     run_dir = prepare_folder(config, overwrite=overwrite)
-    clear_stop(run_dir)
     if network is not None:
         check_network(run_dir, network)
     tags = {
@@ -87,7 +86,6 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
     try:
         run_under_ray(run_worker_with_actor, job, session=session)
         if (step := preempted_at(run_dir)) is not None:
-            status = "KILLED"
             raise Preempted(f"stopped at step {step} and saved; the same command goes on from there")
         status = "FINISHED"
     except BaseException as error:

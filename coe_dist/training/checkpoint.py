@@ -30,6 +30,7 @@ from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine
 
 FORMAT = 1
+WEIGHTS, OPTIMIZER, AVERAGE = "safetensors", "optim.pt", "ema.safetensors"  # ends of a network's files
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def save_name(step: int) -> str:
 
 
 def network_file(name: str) -> str:
-    """'delegator' -> delegator, 'expert 3' -> expert-0003 (stem of the two files)."""
+    """'delegator' -> delegator, 'expert 3' -> expert-0003 (stem of its files)."""
     return f"expert-{int(name.split()[1]):04d}" if name.startswith("expert") else name
 
 
@@ -161,13 +162,13 @@ def load(
         raise InputError(f"{save}: its classes are {_told(trained)}, those of the data {_told(classes)}")
     for engine in engines:
         load_weights(save, engine.network, engine.name)
-        path = save / f"{network_file(engine.name)}.optim.pt"
+        path = save / f"{network_file(engine.name)}.{OPTIMIZER}"
         # also without a state: the engine may hold copies of the weights
         engine.load_optimizer_state(torch.load(path, weights_only=True) if optimizer else {})
     for name, average in (averages or {}).items():
         if "ema" not in manifest:
             raise InputError(f"{save}: it holds no averages of the weights, training.ema_decay asks for them")
-        load_weights(save, average.network, name, "ema.safetensors")
+        load_weights(save, average.network, name, AVERAGE)
         average.updates = int(manifest["ema"]["updates"])
     position = Position(*(manifest[name] for name in ("step", "epoch", "step_in_epoch", "micro_step")))
     return position, manifest
@@ -177,7 +178,7 @@ def _told(classes: Sequence[str]) -> str:
     return ", ".join(classes[:3]) + (f", ... ({len(classes)})" if len(classes) > 3 else "")
 
 
-def load_weights(save: Path, network: torch.nn.Module, name: str, end: str = "safetensors") -> None:
+def load_weights(save: Path, network: torch.nn.Module, name: str, end: str = WEIGHTS) -> None:
     """Loads one network's weights; needs no optimizer file. Raises InputError naming what does not fit."""
     path = save / f"{network_file(name)}.{end}"
     if not path.is_file():

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from coe_dist.parallel.batchnorm import SplitBatchNorm
+from coe_dist.parallel.batchnorm import SplitBatchNorm, average_statistics
+from coe_dist.parallel.groups import Group
 
 
 class WeightAverage:
     """The average of one network, as a network that answers.
 
     Replicas of a network hold equal averages, as they hold equal parameters, except for the running statistics of local
-    BatchNorm: call `average_statistics` of parallel/batchnorm.py on both networks, at the same moments, before either
-    is evaluated or saved. What to save is network.state_dict() and `updates`.
+    BatchNorm: call `average_both` before the network or its average is evaluated or saved. What to save is
+    network.state_dict() and `updates`.
     """
 
     network: nn.Module  # in eval mode, without gradients; shares no memory with the source
@@ -53,6 +54,14 @@ class WeightAverage:
             if isinstance(mine, SplitBatchNorm) and isinstance(layer, SplitBatchNorm):
                 mine.rows = layer.rows  # the statistics stand for the same rows, and are weighted by them
         self.updates += 1
+
+
+def average_both(network: nn.Module, average: WeightAverage | None, group: Group) -> None:
+    """Averages the running statistics of a network, and of the average of its weights where there is one, over the
+    group; both at the same moments, because both are weighted by the rows since the last time. Collective."""
+    average_statistics(network, group)
+    if average is not None:
+        average_statistics(average.network, group)
 
 
 def _tensors(network: nn.Module) -> Iterator[torch.Tensor]:

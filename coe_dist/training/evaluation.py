@@ -15,10 +15,9 @@ from torch import nn
 
 from coe_dist.coe import early_exit
 from coe_dist.errors import TrainingError
-from coe_dist.parallel.batchnorm import average_statistics
 from coe_dist.parallel.exchange import combine, dispatch, plan_exchange
 from coe_dist.parallel.groups import Groups
-from coe_dist.training.ema import WeightAverage
+from coe_dist.training.ema import WeightAverage, average_both
 from coe_dist.training.engines import NetworkEngine, autocast, wide
 from coe_dist.training.step import MicroBatch
 
@@ -63,9 +62,7 @@ class Evaluator:
         """
         engines = [self.delegator, *self.experts.values()]
         for engine in engines:
-            average_statistics(engine.network, engine.group)  # training is the same, whichever network answers
-            if engine.name in self.averages:
-                average_statistics(self.averages[engine.name].network, engine.group)
+            average_both(engine.network, self.averages.get(engine.name), engine.group)
             engine.network.eval()
         try:
             rows = [self._batch(batch) for batch in batches]

@@ -14,7 +14,7 @@ from coe_dist.config import NetworkConfig
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError
 from coe_dist.inference import CONFIG_FILE, PretrainedConfig, WeightsFile
-from coe_dist.training.checkpoint import load_weights
+from coe_dist.training.checkpoint import AVERAGE, WEIGHTS, load_weights
 from coe_dist.training.inspection import Collaboration, described, open_collaboration
 from coe_dist.training.scaling import check_new
 
@@ -57,7 +57,7 @@ def export_weights(run_dir: Path, out: Path, weights: Weights | None = None) -> 
 
 def _saved_as(name: str, weights: Weights) -> str:
     """What a save calls the file that an export calls `name` (expert-0003.safetensors)."""
-    return name if weights == "raw" else f"{name.removesuffix('safetensors')}ema.safetensors"
+    return name if weights == "raw" else f"{name.removesuffix(WEIGHTS)}{AVERAGE}"
 
 
 def pretrained_config(run_dir: Path, source: Collaboration, weights: Weights) -> PretrainedConfig:
@@ -87,9 +87,8 @@ def pretrained_config(run_dir: Path, source: Collaboration, weights: Weights) ->
     built, macs = PretrainedConfig(**draft), []
     for name in ("delegator", "expert 0"):
         network = built.build(name)
-        load_weights(
-            save, network, name, _saved_as("safetensors", weights)
-        )  # refuses weights of other networks than the configuration's
+        # refuses weights of other networks than the configuration's
+        load_weights(save, network, name, AVERAGE if weights == "ema" else WEIGHTS)
         macs.append(count_macs(network, channels=built.channels, resolution=built.resolution))
     return built.model_copy(update={"delegator_macs": macs[0], "expert_macs": [macs[1]] * built.count})
 

@@ -13,7 +13,10 @@ from coe_dist.config import RunConfig, parse_config
 from coe_dist.errors import InputError
 from coe_dist.tracking.journal import read_metrics
 from coe_dist.training.checkpoint import (
+    AVERAGE,
     FORMAT,
+    OPTIMIZER,
+    WEIGHTS,
     Position,
     complete_saves,
     damage,
@@ -49,7 +52,7 @@ def open_collaboration(run_dir: Path) -> Collaboration:
     if "delegator.safetensors" not in manifest["files"]:
         raise InputError(f"{run_dir}: it is the run of a single network; give the run of a collaboration")
     config = parse_config(manifest.get("config"))
-    ends = ("safetensors", "ema.safetensors") if manifest.get("ema") else ("safetensors",)
+    ends = (WEIGHTS, AVERAGE) if manifest.get("ema") else (WEIGHTS,)
     wanted = [f"{network_file(name)}.{end}" for end in ends for name in stems(config.experts.count)]
     missing = [name for name in wanted if name not in manifest["files"]]
     if missing or manifest["experts"] != config.experts.count:
@@ -121,7 +124,7 @@ def inspect_run(run_dir: Path) -> dict[str, Any]:
     for network in networks:
         number = network["name"].removeprefix("expert ")
         network["load"] = loads[0][int(number)] if loads and number.isdigit() else None
-    ends = ("safetensors", "optim.pt", "ema.safetensors")[: 3 if averaged else 2]
+    ends = (WEIGHTS, OPTIMIZER, AVERAGE) if averaged else (WEIGHTS, OPTIMIZER)
     known = {f"{network_file(name)}.{end}" for name in names for end in ends}
     warnings += [f"{name}: {_state(save, files, name)}" for name in sorted(set(files) - known)]
     valid = not damage(save)
@@ -191,9 +194,7 @@ def _manifest(save: Path) -> dict[str, Any] | None:
 
 
 def _network(save: Path, files: dict[str, str], name: str, averaged: bool) -> dict[str, Any]:
-    weights, optimizer, average = (
-        f"{network_file(name)}.{end}" for end in ("safetensors", "optim.pt", "ema.safetensors")
-    )
+    weights, optimizer, average = (f"{network_file(name)}.{end}" for end in (WEIGHTS, OPTIMIZER, AVERAGE))
     path = save / weights
     return {
         "name": name,

@@ -17,6 +17,7 @@ from coe_dist.parallel.router import NonFiniteError
 from coe_dist.seeds import derive_seed
 from coe_dist.tracking import Recorder
 from coe_dist.training.checkpoint import Position, save_name
+from coe_dist.training.job import Job
 from coe_dist.training.optim import learning_rate_factor
 from coe_dist.training.saving import PendingSave, mark_best
 from coe_dist.training.saving import start as start_save
@@ -87,24 +88,15 @@ def naming(where: str) -> Iterator[None]:
 class Loop:
     """Trains a task from `position` to the last epoch, or until somebody wishes it to stop (see stopping.py)."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        task: Task,
-        data: Data,
-        groups: Groups,
-        recorder: Recorder | None,
-        run_dir: Path,
-        kind: str,
-        mlflow_run_id: str | None = None,
-    ) -> None:
-        self.config, self.task, self.data, self.groups = config, task, data, groups
-        self.recorder, self.run_dir, self.kind, self.mlflow_run_id = recorder, run_dir, kind, mlflow_run_id
+    def __init__(self, job: Job, task: Task, data: Data, recorder: Recorder | None) -> None:
+        self.job, self.task, self.data, self.recorder = job, task, data, recorder
+        config = self.config = job.config
+        self.groups = data.groups
         accumulation = config.training.accumulation
         self.steps_per_epoch = -(-data.loader("train").steps_per_epoch // accumulation)
         self.total_steps = self.steps_per_epoch * config.training.epochs
         self.warmup_steps = round(self.steps_per_epoch * config.training.optimizer.warmup_epochs)
-        self.stop = StopRequest(run_dir)
+        self.stop = StopRequest(Path(job.run_dir))
         self.pending: PendingSave | None = None
         self.stalled = 0.0  # seconds that training has waited for the pending save
         self.saved: Path | None = None  # the newest save of this process
@@ -121,7 +113,7 @@ class Loop:
             position.step,
             position.epoch,
             {},
-            task=self.kind,
+            task=self.job.task,
             epochs=self.config.training.epochs,
             steps_per_epoch=self.steps_per_epoch,
             world_size=self.groups.world.size,
@@ -170,8 +162,9 @@ class Loop:
             )
             self.task.set_learning_rate(factor)
             stop, written = self._step(batches, sums, step)
-            for engine in self.task.engines() if self.task.averages else ():
-                self.task.averages[engine.name].update(engine.network)
+            if self.task.averages:
+                for engine in self.task.engines():
+                    self.task.averages[engine.name].update(engine.network)
             step += 1
             if step % self.config.tracking.every_steps == 0:
                 since = self._report(sums, step, epoch, factor, since)
@@ -228,7 +221,7 @@ class Loop:
         averages, decay = self.task.averages, self.config.training.ema_decay
         updates = next((average.updates for average in averages.values()), 0)
         self.pending = start_save(
-            self.run_dir / "checkpoints",
+            Path(self.job.run_dir) / "checkpoints",
             self.task.engines(),
             self.groups,
             position,
@@ -237,7 +230,7 @@ class Loop:
                 "config": self.config.model_dump(mode="json"),
                 "config_digest": self.config.digest(),
                 "classes": list(self.task.classes),
-                "mlflow_run_id": self.mlflow_run_id,
+                "mlflow_run_id": self.job.mlflow_run_id,
                 # every stream is derived by name from the seed, the epoch, the step and the sample's id
                 "rng": {"seed": self.config.seed},
                 "router": self.task.router_state(),

@@ -11,6 +11,7 @@ from typing import Any
 
 from coe_dist.config import NetworkConfig, RunConfig, parse_config
 from coe_dist.errors import InputError
+from coe_dist.training.stopping import clear_stop
 
 RESUMABLE = {
     f"training.{name}"
@@ -41,7 +42,8 @@ def check_folder(config: RunConfig, *, overwrite: bool) -> None:
 
 
 def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
-    """Creates the run folder, or makes an existing one ready to be resumed; refuses what check_folder refuses."""
+    """Creates the run folder, or makes an existing one ready to be resumed (wishes to stop it are forgotten); refuses
+    what check_folder refuses."""
     check_folder(config, overwrite=overwrite)
     run_dir = config.run_dir
     stored = run_dir / "config.yaml"
@@ -52,6 +54,7 @@ def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
         temporary = stored.with_name(".config.yaml.partial")
         temporary.write_text(config.to_yaml())
         temporary.replace(stored)
+        clear_stop(run_dir)
     except OSError as error:
         raise InputError(f"runs_dir: {config.runs_dir} is not allowed; {run_dir}: {error.strerror}") from error
     return run_dir

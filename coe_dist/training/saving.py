@@ -24,10 +24,19 @@ import torch.distributed as dist
 from safetensors.torch import save as to_bytes
 
 from coe_dist.errors import TrainingError
-from coe_dist.parallel.batchnorm import average_statistics
 from coe_dist.parallel.groups import Groups
-from coe_dist.training.checkpoint import FORMAT, Position, best_save, complete_saves, network_file, save_name
-from coe_dist.training.ema import WeightAverage
+from coe_dist.training.checkpoint import (
+    AVERAGE,
+    FORMAT,
+    OPTIMIZER,
+    WEIGHTS,
+    Position,
+    best_save,
+    complete_saves,
+    network_file,
+    save_name,
+)
+from coe_dist.training.ema import WeightAverage, average_both
 from coe_dist.training.engines import NetworkEngine, State
 
 Weights = dict[str, torch.Tensor]
@@ -41,20 +50,6 @@ class _Network:
     weights: Weights
     average: Weights | None
     optimizer: State
-
-
-def save(
-    folder: Path,
-    engines: list[NetworkEngine],
-    groups: Groups,
-    position: Position,
-    *,
-    averages: Mapping[str, WeightAverage] | None = None,
-    extra: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """start and finish in one: returns the save when it exists. Collective: every rank calls it."""
-    return start(folder, engines, groups, position, averages=averages, extra=extra, keep=keep).finish()
 
 
 def start(
@@ -74,9 +69,7 @@ def start(
     """
     averages = averages or {}
     for engine in engines:
-        average_statistics(engine.network, engine.group)
-        if engine.name in averages:
-            average_statistics(averages[engine.name].network, engine.group)
+        average_both(engine.network, averages.get(engine.name), engine.group)
     networks = []
     for engine in engines:
         optimizer = engine.optimizer_state()  # collective under ZeRO
@@ -220,11 +213,11 @@ def _files(network: _Network) -> list[tuple[str, bytes | memoryview]]:
     optimizer = io.BytesIO()
     torch.save(network.optimizer, optimizer)
     files: list[tuple[str, bytes | memoryview]] = [
-        (f"{network.stem}.safetensors", to_bytes(network.weights)),
-        (f"{network.stem}.optim.pt", optimizer.getbuffer()),
+        (f"{network.stem}.{WEIGHTS}", to_bytes(network.weights)),
+        (f"{network.stem}.{OPTIMIZER}", optimizer.getbuffer()),
     ]
     if network.average is not None:
-        files.append((f"{network.stem}.ema.safetensors", to_bytes(network.average)))
+        files.append((f"{network.stem}.{AVERAGE}", to_bytes(network.average)))
     return files
 
 

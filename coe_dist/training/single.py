@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-from coe_dist.parallel.batchnorm import average_statistics
 from coe_dist.parallel.groups import Group
-from coe_dist.training.ema import WeightAverage
+from coe_dist.training.ema import WeightAverage, average_both
 from coe_dist.training.engines import NetworkEngine, autocast, wide
 from coe_dist.training.step import MicroBatch, StepSums
 
@@ -55,11 +54,8 @@ class SingleStep:
     @torch.no_grad()
     def accuracy(self, batches: Iterable[MicroBatch], precision: str) -> tuple[int, int]:
         """Images answered right and images seen, over all ranks. Collective."""
-        network = self.engine.network
-        average_statistics(network, self.world)  # training is the same, whichever network answers
-        if self.average is not None:
-            network = self.average.network
-            average_statistics(network, self.world)
+        average_both(self.engine.network, self.average, self.world)
+        network = self.engine.network if self.average is None else self.average.network
         self.engine.network.eval()
         counts = torch.zeros(2, dtype=torch.int64, device=next(network.parameters()).device)
         for batch in batches:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from coe_dist.tracking.store import write_json
+
 REQUEST, ANSWER = "stop-requested", "preempted"
 _POLL_SECONDS = 0.5
 _received = threading.Event()  # SIGTERM
@@ -62,7 +64,5 @@ class StopRequest:
 
     def answer(self, step: int) -> None:
         """Says that the run is saved at `step`. One rank only, when the save exists."""
-        partial = self._run_dir / f".{ANSWER}.partial"
-        partial.write_text(json.dumps({"step": step}))
-        partial.replace(self._run_dir / ANSWER)
+        write_json(self._run_dir / ANSWER, {"step": step})
         (self._run_dir / REQUEST).unlink(missing_ok=True)

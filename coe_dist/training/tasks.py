@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from coe_dist.parallel.router import Router
 from coe_dist.parallel.router_process import ChildChannel
 from coe_dist.parallel.solvers import LocalSolver, Problems, RankZeroSolver, ReplicatedSolver, Solver
 from coe_dist.seeds import derive_seed
+from coe_dist.tracking.store import write_json
 from coe_dist.training import evaluation
 from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine
@@ -106,9 +106,8 @@ class CollaborationTask:
         self.run_dir, self.classes = Path(job.run_dir), builder.info.classes
         self.experts, self.experts_per_sample = config.experts.count, config.experts_per_sample
         self.problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
-        self.solver = build_solver(
-            job, self.problems, groups, open_channel
-        )  # first: a router process starts while engines are built
+        # before the engines: a router process starts while they are built
+        self.solver = build_solver(job, self.problems, groups, open_channel)
         self.delegator, self.hosted = collaboration_engines(config, builder, groups, device)
         self.averages = averages_of(self.engines(), config.training.ema_decay)
         router = Router(
@@ -307,10 +306,3 @@ class SingleTask:
         if self.groups.rank == 0:
             for split, figures in result.items():
                 write_json(self.run_dir / f"evaluation-{split}.json", figures)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomic: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)

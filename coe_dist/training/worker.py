@@ -32,7 +32,7 @@ from coe_dist.training.job import Job
 from coe_dist.training.loop import Data, Loop
 from coe_dist.training.networks import NetworkBuilder
 from coe_dist.training.run_folder import check_folder, prepare_folder
-from coe_dist.training.stopping import clear_stop, listen_to_sigterm
+from coe_dist.training.stopping import listen_to_sigterm
 from coe_dist.training.tasks import CollaborationTask, Task, build_task
 
 
@@ -75,10 +75,7 @@ def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> bool:
 def _train(job: Job, task: Task, data: Data, position: Position, resumed: dict[str, object]) -> bool:
     recorder = tracking.Recorder(Path(job.run_dir), job.config, job.mlflow_run_id) if data.groups.rank == 0 else None
     try:
-        loop = Loop(
-            job.config, task, data, data.groups, recorder, Path(job.run_dir), job.task, mlflow_run_id=job.mlflow_run_id
-        )
-        return loop.run(position, resumed)
+        return Loop(job, task, data, recorder).run(position, resumed)
     finally:
         if recorder is not None:
             recorder.close()
@@ -161,7 +158,7 @@ def main(arguments: list[str]) -> int:
             check_run(config.model_copy(update={"workers": config.workers.model_copy(update={"count": world_size})}))
             check_folder(config, overwrite=False)  # every rank refuses by itself, none waits for another
             if os.environ.get("RANK", "0") == "0":
-                clear_stop(prepare_folder(config, overwrite=False))
+                prepare_folder(config, overwrite=False)
             job = Job(task="train", config=config, run_dir=str(config.run_dir.absolute()))
         listen_to_sigterm()
         if not run_worker(job):

@@ -59,7 +59,7 @@ def train(case: Case, groups: Groups, step: CollaborationStep, first: int, last:
 
 
 def save(folder: Path, step: CollaborationStep, groups: Groups, position: Position, keep: int = 2) -> Path:
-    return saving.save(folder, engines_of(step), groups, position, extra={"config": {}}, keep=keep)
+    return saving.start(folder, engines_of(step), groups, position, extra={"config": {}}, keep=keep).finish()
 
 
 def run(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from parallel.parity_cases import build_step, largest_error, run_case
 from reference import Case, batch_of
 from torch import nn
-from training.checkpoint_cases import engines_of
+from training.checkpoint_cases import engines_of, train
 
 from coe_dist.config import OptimizerConfig, TrainingConfig
 from coe_dist.data.order import share
@@ -66,10 +66,7 @@ def unguarded(case: Case, groups: Groups, expected: Any, *, last: str, alone: bo
         hosted.engine.enable_backward_allreduce = True
     with without_guard():
         deepspeed_groups.mpu = engine._mpu
-        for index in range(case.steps):
-            images, labels, ids = batch_of(case, index, 0)
-            rows = slice(*share(len(labels), groups.rank, groups.world.size))
-            step.step([MicroBatch(images[rows], labels[rows], ids[rows])], StepSums())
+        train(case, groups, step, 0, case.steps)
         return largest_error(step, expected)
 
 

@@ -233,8 +233,9 @@ def test_training_may_go_on_while_a_save_is_written(tmp_path: Path) -> None:
 def test_a_save_of_other_classes_is_refused(tmp_path: Path) -> None:
     groups = create_groups(CASE.experts, timeout_seconds=60)
     engines = engines_of(build_step(CASE, groups, None))
-    made = saving.save(tmp_path, engines, groups, Position(1), extra={"classes": ["cat", "dog", "eel", "fox"]}, keep=1)
-    checkpoint.load(made, engines, experts=CASE.experts, classes=("cat", "dog", "eel", "fox"))
+    classes = ["cat", "dog", "eel", "fox"]
+    made = saving.start(tmp_path, engines, groups, Position(1), extra={"classes": classes}, keep=1).finish()
+    checkpoint.load(made, engines, experts=CASE.experts, classes=classes)
     with pytest.raises(
         InputError, match=r"its classes are cat, dog, eel, \.\.\. \(4\), those of the data cat, eel, dog, "
     ):

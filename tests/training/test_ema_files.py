@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_data import small_config
-from trained_run import CLASSES, images_of, job_of, run_on_two_ranks, small_run, write_loads
+from trained_run import CLASSES, answers_of, images_of, job_of, run_on_two_ranks, small_run, write_loads
 
 from coe_dist import cli
 from coe_dist.config import parse_config
-from coe_dist.data.loader import SplitLoader
 from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts, read_config
 from coe_dist.training.checkpoint import network_file
@@ -173,27 +172,6 @@ def test_a_real_run_is_evaluated_and_exported_by_its_averages(small_data: Path, 
     answers = {}
     for kind in kinds:
         export_weights(config.run_dir, tmp_path / kind, kind)
-        answers[kind] = accuracy_and_load(CollaborationOfExperts.from_pretrained(tmp_path / kind), small_data)
-    assert answers["ema"] == (stored["top1"]["coe"], pytest.approx(stored["load"]))
+        answers[kind] = answers_of(CollaborationOfExperts.from_pretrained(tmp_path / kind), small_data)
+    assert answers["ema"] == (stored["images"], stored["top1"]["coe"], pytest.approx(stored["load"]))
     assert answers["raw"] != answers["ema"]
-
-
-def accuracy_and_load(model: CollaborationOfExperts, data: Path) -> tuple[float, list[float]]:
-    loader = SplitLoader(
-        data / "test.beton",
-        global_batch=37,
-        rank=0,
-        world_size=1,
-        resolution=model.resolution,
-        seed=0,
-        train=False,
-        augmentation=None,
-    )
-    images, right, chosen = 0, 0, torch.zeros(3, dtype=torch.int64)
-    for batch in loader.epoch(0):
-        answer = model(batch.images_BCHW)
-        images += len(batch.labels_B)
-        right += int((answer.probabilities_NC.argmax(1) == batch.labels_B).sum())
-        chosen += torch.bincount(answer.expert_N, minlength=3)
-    loader.close()
-    return right / images, (chosen / images).tolist()

@@ -112,7 +112,7 @@ def test_the_run_of_a_single_network(tmp_path: Path) -> None:
     training = TrainingConfig(engine="torch")
     optimizer = build_optimizer(network, OptimizerConfig(), 0.1)
     engine = build_engine("single", network, optimizer, training, groups.world, groups.alone)
-    saving.save(tmp_path / "checkpoints", [engine], groups, Position(1), extra={"config": {}}, keep=1)
+    saving.start(tmp_path / "checkpoints", [engine], groups, Position(1), extra={"config": {}}, keep=1).finish()
     result = inspect_run(tmp_path)
     assert [(n["name"], n["weights"], n["load"]) for n in result["networks"]] == [("single", "ok", None)]
     with pytest.raises(InputError, match="it is the run of a single network"):
