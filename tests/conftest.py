@@ -1,8 +1,12 @@
-"""The long grid runs only with --full (`make test-full`)."""
+"""The long grid runs only with --full (`make test-full`); no generated example has a time limit."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

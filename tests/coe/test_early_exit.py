@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coe_dist.coe import early_exit
@@ -38,7 +38,6 @@ def outcome(rows: list[tuple[float, bool, bool, int]], threshold: float) -> tupl
 
 
 @given(images, st.lists(st.sampled_from([0.0, 0.3, 0.5, 0.6, 0.9, 1.0, 2.0]) | st.floats(0, 2), max_size=8) | st.none())
-@settings(deadline=None)
 def test_curve_equals_a_loop(rows: list[tuple[float, bool, bool, int]], thresholds: list[float] | None) -> None:
     points = curve(*zip(*rows, strict=True), DELEGATOR_MACS, thresholds)
     asked = sorted(early_exit.DEFAULT_THRESHOLDS if thresholds is None else thresholds)
@@ -58,7 +57,6 @@ def test_the_default_grid_goes_from_all_exit_to_none() -> None:
 
 
 @given(images, st.floats(40, 1200) | st.sampled_from([40.0, 140.0, 160.0, 280.0]))
-@settings(deadline=None)
 def test_calibration_equals_an_exhaustive_search(rows: list[tuple[float, bool, bool, int]], budget: float) -> None:
     confidences, _, _, macs = zip(*rows, strict=True)
     threshold = calibrate_threshold(confidences, macs, DELEGATOR_MACS, budget)
@@ -101,7 +99,6 @@ def test_confidence_is_the_largest_probability_also_from_bfloat16() -> None:
 @given(
     st.lists(st.tuples(st.floats(0, 1) | st.just(1 / 3), st.booleans()), min_size=1, max_size=30), st.integers(1, 15)
 )
-@settings(deadline=None)
 def test_ece_equals_a_loop_over_bins(rows: list[tuple[float, bool]], bins: int) -> None:
     expected = 0.0
     for index in range(bins):

@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coe_dist.config import AugmentationConfig
@@ -51,7 +51,6 @@ def test_nothing_happens_when_switched_off() -> None:
         assert not any(part.any() for part in place)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 2**62))
 def test_crops_lie_inside(height: int, width: int, key: int) -> None:
     ids = np.arange(50)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coe_dist.data.order import epoch_order, hash_counters, permutation, rank_batches, share
@@ -12,7 +12,6 @@ def test_hash_is_splitmix64() -> None:
     assert hash_counters(0, np.arange(3)).tolist() == expected
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2000))
 def test_permutation_has_each_number_once(key: int, count: int) -> None:
     assert np.array_equal(np.sort(permutation(count, key)), np.arange(count))
@@ -32,7 +31,6 @@ def test_epochs_differ_and_repeat() -> None:
     assert np.array_equal(epoch_order(5, 7, 3, shuffle=False), np.arange(5))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_shares_cover_everything_once_in_rank_order(total: int, world: int) -> None:
     parts = [share(total, rank, world) for rank in range(world)]
@@ -48,7 +46,6 @@ def test_share_refuses(total: int, rank: int, world: int) -> None:
         share(total, rank, world)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 50), st.integers(1, 9), st.integers(0, 3))
 def test_ranks_together_read_the_global_batches(count: int, batch: int, world: int, start: int) -> None:
     order = permutation(count, 1)

@@ -28,7 +28,7 @@ from coe_dist.training.scaling import scale
 
 
 @given(st.lists(st.integers(0, 64), min_size=2, max_size=9), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_most_loaded_is_split_again_and_again(counts: list[int], new: int) -> None:
     loads = [count / 64 for count in counts]
     heap = [(-load, expert, expert) for expert, load in enumerate(loads)]
@@ -43,7 +43,7 @@ def test_the_most_loaded_is_split_again_and_again(counts: list[int], new: int) -
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_named_and_the_most_used_are_kept(data: st.DataObject) -> None:
     loads = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.5]), min_size=3, max_size=8))
     after = data.draw(st.integers(2, len(loads) - 1))
