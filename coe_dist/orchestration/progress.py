@@ -51,7 +51,9 @@ class ProgressDisplay:
             while not ending:
                 ending = self._stopping.wait(_EVERY_SECONDS)
                 for line in tail.new_lines():
-                    self._state.read(line)
+                    record = self._state.read(line)
+                    if record is not None and record["kind"] == "start" and self._state.resumed_from:
+                        self._say(self._state.start_line())  # above the live part, where it stays
                 live.update(render(self._state, running=not ending), refresh=True)
 
     def _show_lines(self, tail: FileTail) -> None:
@@ -69,7 +71,7 @@ class ProgressDisplay:
         kind = None if record is None else record["kind"]
         if kind == "start":
             self._told_epoch = -1
-            self._say(f"training starts at step {state.step} of {state.total_steps}")
+            self._say(state.start_line())
         elif kind == "evaluation":
             self._told_epoch = state.epoch
             self._say(state.epoch_line())

@@ -23,6 +23,8 @@ class ProgressState:
     evaluation: dict[str, float] = field(default_factory=dict)
     split: str = ""
     seconds: float | None = None  # of the whole job, once it has ended
+    resumed_from: str = ""  # the checkpoint's name
+    workers: int = 0
     _timed_from: tuple[float, int] | None = None  # time and step of the first training line
     _newest: tuple[float, int] | None = None
 
@@ -46,6 +48,7 @@ class ProgressState:
     def _take_start(self, record: dict[str, Any]) -> None:
         self.epochs, self.steps_per_epoch = int(record["epochs"]), int(record["steps_per_epoch"])
         self.step, self.epoch, self.seconds = int(record["step"]), -1, None
+        self.resumed_from, self.workers = str(record.get("resumed_from", "")), int(record.get("world_size", 0))
         self._timed_from = self._newest = None  # a job that was started again after a failure times itself afresh
 
     def _take_train(self, record: dict[str, Any]) -> None:
@@ -65,6 +68,14 @@ class ProgressState:
     @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    def start_line(self) -> str:
+        """Where the job begins: anew, from a checkpoint, or at its end, when nothing is left to do."""
+        workers = f" on {self.workers} worker{'' if self.workers == 1 else 's'}" if self.workers else ""
+        if self.resumed_from and self.step >= self.total_steps:
+            return f"nothing is left to train: {self.resumed_from} is of step {self.step} of {self.total_steps}"
+        begins = f"resuming from {self.resumed_from}" if self.resumed_from else "training starts"
+        return f"{begins} at step {self.step} of {self.total_steps}{workers}"
 
     @property
     def seconds_left(self) -> float | None:

@@ -16,6 +16,8 @@ from coe_dist.orchestration.tail import FileTail
 
 START = {"kind": "start", "time": 100.0, "task": "train", "epochs": 3, "steps_per_epoch": 10, "world_size": 2,
          "experts": 2, "experts_per_sample": 2, "images": 80, "step": 0}  # fmt: skip
+START_ON_ONE = START | {"world_size": 1}
+RESUMED = START | {"step": 10, "resumed_from": "step-00000010"}
 END = {"kind": "end", "time": 190.0, "step": 30, "seconds": 90.4}
 
 
@@ -85,15 +87,33 @@ def test_one_line_an_epoch_where_there_is_no_terminal(tmp_path):
     second = lines(train(25), train(30), evaluation(30), END)
     text = shown(
         tmp_path,
-        [lines(START | {"step": 10}, train(15), train(20), evaluation(20)) + second[:20], second[20:]],
+        [lines(RESUMED, train(15), train(20), evaluation(20)) + second[:20], second[20:]],
         terminal=False,
     )
     assert text.splitlines() == [
-        "training starts at step 10 of 30",
+        "resuming from step-00000010 at step 10 of 30 on 2 workers",
         "epoch 2/3, loss 1.8000, validation top-1 83.41%, 1,234 images/s, expert loads 25.00% to 75.00%, 0:00:30 left",
         "epoch 3/3, loss 1.7000, validation top-1 83.41%, 1,234 images/s, expert loads 25.00% to 75.00%, 0:00:00 left",
         "trained 30 steps in 0:01:30",
     ]
+
+
+@pytest.mark.parametrize(
+    ("start", "line"),
+    [
+        (START_ON_ONE, "training starts at step 0 of 30 on 1 worker"),
+        (RESUMED, "resuming from step-00000010 at step 10 of 30 on 2 workers"),
+        (
+            RESUMED | {"step": 30, "resumed_from": "step-00000030"},
+            "nothing is left to train: step-00000030 is of step 30 of 30",
+        ),
+    ],
+)
+def test_where_it_starts_is_said(tmp_path, start, line):
+    assert line in shown(tmp_path, [lines(start)], terminal=False).splitlines()
+    (tmp_path / "metrics.jsonl").unlink()
+    live = shown(tmp_path, [lines(start)], terminal=True)
+    assert (line in live) == ("resumed_from" in start)
 
 
 def test_epochs_without_an_evaluation_have_their_line_too(tmp_path):
