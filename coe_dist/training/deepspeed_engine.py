@@ -195,10 +195,10 @@ class DeepSpeedEngine:
         for param_group in self.engine.optimizer.param_groups:
             param_group["lr"] = learning_rate
 
-    def optimizer_state(self) -> State:
+    def optimizer_state(self, *, wanted: bool = True) -> State:
         self._activate()
         if self.stage == 0:
-            return full_state(self.network, self.engine.optimizer)
+            return full_state(self.network, self.engine.optimizer) if wanted else {}
         from deepspeed.utils import safe_get_full_optimizer_state
 
         names = {parameter: name for name, parameter in named_trainable(self.network)}
@@ -207,9 +207,10 @@ class DeepSpeedEngine:
             scalars = {key: value for key, value in entries.items() if value.ndim == 0}
             for parameter in parameters:
                 full = {key: safe_get_full_optimizer_state(parameter, key) for key in entries if key not in scalars}
-                state[names[parameter]] = {
-                    key: value.detach().cpu().clone() for key, value in {**full, **scalars}.items()
-                }
+                if wanted:
+                    state[names[parameter]] = {
+                        key: value.detach().cpu().clone() for key, value in {**full, **scalars}.items()
+                    }
         return state
 
     def _linked_groups(self) -> list[tuple[list[nn.Parameter], dict[str, torch.Tensor]]]:

@@ -47,8 +47,8 @@ class NetworkEngine(Protocol):
 
     def zero_grad(self) -> None: ...
     def set_learning_rate(self, learning_rate: float) -> None: ...
-    def optimizer_state(self) -> State:
-        """Full optimizer state by parameter name, on the CPU. Collective over the group."""
+    def optimizer_state(self, *, wanted: bool = True) -> State:
+        """Full optimizer state by parameter name, copied to the CPU; {} where it is not `wanted`. Collective."""
 
     def load_optimizer_state(self, state: State) -> None: ...
 
@@ -174,8 +174,8 @@ class TorchEngine:
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = learning_rate
 
-    def optimizer_state(self) -> State:
-        return full_state(self.network, self.optimizer)
+    def optimizer_state(self, *, wanted: bool = True) -> State:
+        return full_state(self.network, self.optimizer) if wanted else {}
 
     def load_optimizer_state(self, state: State) -> None:
         set_full_state(self.network, self.optimizer, state)

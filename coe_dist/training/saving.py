@@ -72,8 +72,9 @@ def start(
         average_both(engine.network, averages.get(engine.name), engine.group)
     networks = []
     for engine in engines:
-        optimizer = engine.optimizer_state()  # collective under ZeRO
-        if groups.rank == engine.group.ranks[0]:
+        writes = groups.rank == engine.group.ranks[0]
+        optimizer = engine.optimizer_state(wanted=writes)
+        if writes:
             average = averages.get(engine.name)
             networks.append(
                 _Network(

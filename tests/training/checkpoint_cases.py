@@ -19,7 +19,8 @@ from coe_dist.training.checkpoint import Position
 from coe_dist.training.engines import NetworkEngine
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
 
-STEPS = 6  # two on each of three worlds
+WORLDS = (4, 2, 1, 3)
+STEPS = 2 * len(WORLDS)  # two on each
 ENGINES = (("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2))
 EXPERTS = (4, 2)  # 2 experts on 3 ranks: one is replicated
 
@@ -76,7 +77,7 @@ def run(folder: Path) -> None:
             position, _ = checkpoint.load(newest, engines_of(step), experts=case.experts)
             note(folder, f"{index}-loaded-{position.step}", groups, step)
         step.micro_step = position.micro_step
-        done = position.step + STEPS // 3
+        done = position.step + 2
         train(case, groups, step, position.step, done)
         note(folder, f"{index}-saved-{done}", groups, step)
         save(place, step, groups, Position(done, 0, done, step.micro_step))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,19 +25,17 @@ from coe_dist.training import checkpoint, saving
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.step import CollaborationStep
 
-WORLDS = (2, 1, 3)
 
-
-def test_training_goes_on_from_two_ranks_to_one_to_three(tmp_path: Path) -> None:
+def test_training_goes_on_from_four_ranks_to_two_to_one_to_three(tmp_path: Path) -> None:
     """Weights, statistics and momentum are those that were saved, and the end is that of uninterrupted training."""
     cases = checkpoint_cases.cases()
     for index, case in enumerate(cases):
         torch.save(reference.train(case), tmp_path / f"{index}.pt")
-    for ranks in WORLDS:
+    for ranks in checkpoint_cases.WORLDS:
         run_ranks(ranks, "training.checkpoint_cases:run", tmp_path)
     for index, case in enumerate(cases):
         networks = {"delegator", *(f"expert {expert}" for expert in range(case.experts))}
-        for done, before, after in ((2, 2, 1), (4, 1, 3)):
+        for done, (before, after) in zip((2, 4, 6), pairwise(checkpoint_cases.WORLDS), strict=True):
             saved = held(tmp_path, f"{index}-saved-{done}", before, case)
             loaded = held(tmp_path, f"{index}-loaded-{done}", after, case)
             assert set(saved) == set(loaded) == networks
@@ -45,7 +44,7 @@ def test_training_goes_on_from_two_ranks_to_one_to_three(tmp_path: Path) -> None
                 assert saved[network] == loaded[network], f"{network} in {case.name}"
             distinct = {json.dumps(saved[network]) for network in networks}
             assert len(distinct) == len(networks), "experts must differ"
-        newest = tmp_path / str(index) / "step-00000006"
+        newest = tmp_path / str(index) / "step-00000008"
         assert sorted(path.name for path in newest.iterdir()) == expected_files(case.experts)
         times = {path.name: path.stat().st_mtime_ns for path in newest.iterdir()}
         assert max(times, key=lambda name: times[name]) == "manifest.json"
