@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from coe_dist.parallel.placement import ExpertPlacement
 
 # torch 2.14 renames it and warns at every first use of the old name
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+_GLOO_SOURCE = re.compile(r"^\[\S*/gloo/")  # the path of the machine it was built on
+_GLOO_GUESS = " This is typically caused by"
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Group:
         except (RuntimeError, ValueError) as error:
             rank = dist.get_rank() if dist.is_initialized() else 0
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            line = _GLOO_SOURCE.sub("[gloo/", line).partition(_GLOO_GUESS)[0]
             raise TrainingError(
                 f"rank {rank}, group {self.name!r} (ranks {list(self.ranks)}): {what} failed: {line}"
             ) from error
