@@ -112,10 +112,24 @@ class EarlyExitConfig(Section):
 
 class WorkersConfig(Section):
     count: Annotated[int, Field(ge=1, le=65_536)] = 2
+    min: Annotated[int, Field(ge=1, le=65_536)] | None = None  # with max, in place of count: elastic
+    max: Annotated[int, Field(ge=1, le=65_536)] | None = None
     oversubscribe: bool = False
     device: Literal["auto", "cpu", "gpu"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1  # torch's threads per worker
     max_failures: Annotated[int, Field(ge=0)] = 0  # restarts from the newest checkpoint after a worker's death
+
+    @property
+    def elastic(self) -> bool:
+        return self.min is not None
+
+    @property
+    def fewest(self) -> int:
+        return self.count if self.min is None else self.min
+
+    @property
+    def most(self) -> int:
+        return self.count if self.max is None else self.max
 
 
 class TrackingConfig(Section):
@@ -181,6 +195,14 @@ class RunConfig(Section):
                 self.early_exit.threshold,
                 "early_exit.macs_budget is given too; give only one of them",
             )
+        workers = self.workers
+        if (workers.min is None) != (workers.max is None):
+            given, other = ("min", "max") if workers.max is None else ("max", "min")
+            raise _refused(
+                f"workers.{given}", getattr(workers, given), f"give workers.{other} too, or workers.count alone"
+            )
+        if workers.min is not None and workers.max is not None and workers.min > workers.max:
+            raise _refused("workers.min", workers.min, f"give at most workers.max = {workers.max}")
         if self.router.scope == "local" and self.router.where != "replicated":
             raise _refused(
                 "router.where",

@@ -119,6 +119,18 @@ def test_a_name_cannot_leave_the_runs_folder(name: str) -> None:
             {"name": "a", "training": {"engine": "torch", "zero_stage": 1}},
             "training.zero_stage: 1 is not allowed; engine: torch knows only stage 0",
         ),
+        (
+            {"name": "a", "workers": {"min": 2}},
+            "workers.min: 2 is not allowed; give workers.max too, or workers.count alone",
+        ),
+        (
+            {"name": "a", "workers": {"max": 2}},
+            "workers.max: 2 is not allowed; give workers.min too, or workers.count alone",
+        ),
+        (
+            {"name": "a", "workers": {"min": 3, "max": 2}},
+            "workers.min: 3 is not allowed; give at most workers.max = 2",
+        ),
         ({}, "name: missing; it must be given"),
         (None, "configuration: None is not allowed; give a mapping of keys"),
         ({"name": "a", 3: 4}, "configuration: key 3 is not allowed; give text as keys"),

@@ -131,7 +131,7 @@ def test_a_wish_to_stop_ends_the_run_saved(place: Path) -> None:
     assert process.returncode == 75, errors
     step = json.loads((run / "preempted").read_text())["step"]
     assert step > 1
-    assert f"coe-dist: stopped at step {step} and saved; the same command goes on from there" in errors.splitlines()
+    assert f"coe-dist: preempted at step {step}, resumable: the same command goes on from there" in errors.splitlines()
     assert (run / "checkpoints/latest").read_text() == f"step-{step:08d}"
     assert not (run / "stop-requested").exists()
     assert not (run / "report.html").exists()

@@ -12,14 +12,15 @@ from coe_dist.config import NetworkConfig, RunConfig
 from coe_dist.data.beton import write_dataset
 from coe_dist.errors import InputError
 from coe_dist.orchestration.ray_session import session_for
-from coe_dist.orchestration.ray_train import check_workers
 from coe_dist.orchestration.runs import train_in
+from coe_dist.orchestration.shares import check_workers
 from coe_dist.training.run_folder import load_run_config
 
 
 def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     """Writes the data if it is not there, trains three systems, and writes summary.json and report.html.
 
+    Raises Preempted after a SIGTERM, when what is being trained is saved; called again it goes on from there.
     Returns the summary: {coe, single, single_same_macs, seconds, seed, expert_samples_per_image}.
     """
     from coe_dist.coe.backbones import classifier_with_macs
@@ -38,9 +39,9 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     builder = check_run(config)
     seconds = {"data": time.perf_counter() - started}
 
-    def timed(name: str, run_config: RunConfig, network: NetworkConfig | None) -> Path:
+    def timed(name: str, run_config: RunConfig, network: NetworkConfig | None, *, last: bool = False) -> Path:
         begin = time.perf_counter()
-        run_dir = train_in(session, run_config, network=network, overwrite=overwrite)
+        run_dir = train_in(session, run_config, network=network, overwrite=overwrite, more_follows=not last)
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
         return run_dir
 
@@ -60,7 +61,8 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
         singles = {}
         for name, network in (("single", expert), ("single_same_macs", same_macs)):
             baseline = config.model_copy(update={"name": f"{config.name}-{name.replace('_', '-')}"})
-            singles[name] = json.loads((timed("train_single", baseline, network) / "evaluation-test.json").read_text())
+            single_dir = timed("train_single", baseline, network, last=name == "single_same_macs")
+            singles[name] = json.loads((single_dir / "evaluation-test.json").read_text())
     ends = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     seconds["evaluate"] = next((line["evaluate_seconds"] for line in reversed(ends) if line["kind"] == "end"), 0.0)
     summary = {

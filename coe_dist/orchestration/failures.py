@@ -5,6 +5,7 @@ Failures are kept by rank; -1 stands for one that Ray could not assign to a rank
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Mapping
@@ -12,11 +13,15 @@ from pathlib import Path
 
 from coe_dist.errors import InputError, TrainingError
 
+# gloo writes its own paths into its messages; the router process's end is told to all ranks as text
+_LOST = re.compile(r"\bgloo/|router process \(pid \w+\) ended")
+
 
 class WorkerFailed(Exception):  # noqa: N818  it is what happened, the error it becomes is raised by the driver
     """A worker's exception as text: the original may not survive pickling or may need modules the driver lacks.
 
-    `kind` is "input", "training" or "other"; `when` unix seconds, to tell the first failure from those it caused.
+    `kind` is "input", "training", "lost" (another process is gone or does not answer) or "other"; `when` unix seconds,
+    to tell the first failure from those it caused.
     """
 
     def __init__(self, rank: int, kind: str, message: str, account: str, when: float) -> None:
@@ -31,7 +36,31 @@ def describe_failure(error: BaseException, rank: int) -> WorkerFailed:
     """What a worker hands to the driver in place of its exception."""
     kind = "input" if isinstance(error, InputError) else "training" if isinstance(error, TrainingError) else "other"
     message = _first_line(error) if kind != "other" else f"{type(error).__name__}: {_first_line(error)}"
+    if kind != "input" and tells_of_a_loss(error):
+        kind, message = "lost", message if kind == "training" else f"rank {rank}: {message}"
     return WorkerFailed(rank, kind, message, "".join(traceback.format_exception(error)), time.time())
+
+
+def tells_of_a_loss(error: BaseException | None) -> bool:
+    """Whether an error says that another process is gone or does not answer: a failed collective, or the end of the
+    router process. The error itself or one it was raised from, as engines and groups wrap what they get."""
+    while error is not None:
+        # torch's DistError and its kinds (NCCL, the store) by name: the driver need not import torch.distributed
+        if any(kind.__name__ == "DistError" for kind in type(error).__mro__) or _LOST.search(str(error)):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def restartable(failures: Mapping[int, BaseException]) -> bool:
+    """Whether a restart can mend these failures by rank: a process died, or nobody tells of more than a loss.
+
+    A node's end is known to Ray only after some seconds, when all others have failed in a collective already.
+    """
+    told = [failure for failure in failures.values() if isinstance(failure, WorkerFailed)]
+    if any(failure.kind == "input" for failure in told):
+        return False
+    return len(told) < len(failures) or (bool(told) and all(failure.kind == "lost" for failure in told))
 
 
 def root_cause(failures: Mapping[int, BaseException]) -> InputError | TrainingError:
@@ -49,7 +78,7 @@ def root_cause(failures: Mapping[int, BaseException]) -> InputError | TrainingEr
         who = f"the process of rank {rank}" if rank >= 0 else "a worker's process"
         return TrainingError(f"{who} ended unexpectedly: {_reason_of_death(dead[rank])}")
     first = min(told, key=lambda failure: failure.when)
-    return TrainingError(first.message if first.kind == "training" else str(first))
+    return TrainingError(str(first) if first.kind == "other" else first.message)
 
 
 def write_account(run_dir: Path, failures: Mapping[int, BaseException]) -> Path:

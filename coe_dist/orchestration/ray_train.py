@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from coe_dist.config import RunConfig
-from coe_dist.errors import InputError, TrainingError
-from coe_dist.orchestration.failures import WorkerFailed, describe_failure, root_cause, write_account
+from coe_dist.errors import TrainingError
+from coe_dist.orchestration.failures import describe_failure, root_cause, write_account
 from coe_dist.orchestration.ray_session import RaySession, session_for
-from coe_dist.orchestration.resources import usable_cores, usable_gpus
+from coe_dist.orchestration.shares import Share, check_workers, counted, place_of, share_of
+from coe_dist.orchestration.signals import asking_first
 from coe_dist.orchestration.worker_output import redirect_output, relaying_warnings
 
-_STARTUP_ATTEMPTS = 3  # Ray Train would wait for busy CPUs for ever, a minute an attempt
+ROOM_SECONDS = 60.0  # how long the first start waits for busy cores; later ones wait training.timeout_seconds
+GROW_SECONDS = 60.0  # an elastic run grows at most that often
 
 
 class RunJob(Protocol):
@@ -38,25 +40,18 @@ class RunJob(Protocol):
 JobT = TypeVar("JobT", bound=RunJob)
 
 
-def check_workers(config: RunConfig) -> None:
-    """Raises InputError when this machine cannot host the workers the configuration asks for."""
-    workers, cores = config.workers, usable_cores()
-    if workers.count > cores and not workers.oversubscribe:
-        raise InputError(
-            f"workers.count: {workers.count} is not allowed; this machine has {_counted(cores, 'core')}; "
-            f"give at most {cores} or set workers.oversubscribe: true"
-        )
-    if workers.device == "gpu":
-        gpus = usable_gpus()
-        _refuse_missing_gpus(config, gpus, "this machine")
-
-
 def run_under_ray(
-    worker_fn: Callable[[JobT], object], job: JobT, *, address: str | None = None, session: RaySession | None = None
+    worker_fn: Callable[[JobT], object],
+    job: JobT,
+    *,
+    address: str | None = None,
+    session: RaySession | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> None:
-    """Runs `worker_fn(job)` on `job.config.workers.count` workers and returns when all are done.
+    """Runs `worker_fn(job)` on the configured number of workers and returns when all are done.
 
-    Uses the open `session`, else the cluster at `address`, else a Ray of its own on this machine.
+    Uses the open `session`, else the cluster at `address`, else a Ray of its own on this machine. `stop` asks workers
+    to end by themselves: with it the first SIGTERM while workers run only calls it (see signals.asking_first).
     Raises InputError when the machine or cluster is too small or a worker met bad input, TrainingError with the
     worker's own line when a worker failed (tracebacks in <run_dir>/error.txt), KeyboardInterrupt on Ctrl-C and
     signals.Terminated on SIGTERM; in each case the workers are gone when the session is left.
@@ -65,64 +60,85 @@ def run_under_ray(
         if address is None:
             check_workers(job.config)
         with session_for(job.config, address) as opened:
-            run_under_ray(worker_fn, job, session=opened)
+            run_under_ray(worker_fn, job, session=opened, stop=stop)
         return
-    cpus_per_worker, gpus_per_worker = _share(job.config, session)
+    share = share_of(job.config, session)
     run_dir = Path(job.run_dir)
     storage = run_dir / "ray"
     name = _unused_name(run_dir)
     (run_dir / "error.txt").unlink(missing_ok=True)
     storage.mkdir(parents=True, exist_ok=True)
+    began = storage / f"{name}.began"
+
+    def ask() -> bool:
+        if stop is None or not began.exists():
+            return False
+        stop()
+        return True
+
     try:
-        with relaying_warnings(run_dir):
-            _fit(worker_fn, job, session, name, cpus_per_worker, gpus_per_worker)
+        with relaying_warnings(run_dir), asking_first(ask, seconds=job.config.training.timeout_seconds):
+            _fit(worker_fn, job, session, name, share, began)
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 
 
 def _fit(
-    worker_fn: Callable[[JobT], object], job: JobT, session: RaySession, name: str, cpus: float, gpus: float
+    worker_fn: Callable[[JobT], object], job: JobT, session: RaySession, name: str, share: Share, began: Path
 ) -> None:
     # Read by Ray Train in this process: workers stay in the working directory, so relative paths keep their meaning.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would print every line twice
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10"
+    )  # an attempt to find room, not the wait for it
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+    from coe_dist.orchestration.restarts import GrowAfterSave, NoRoomError, Patience, RestartPolicy
     from coe_dist.orchestration.torch_backend import MeetingConfig
+
+    config, run_dir = job.config, Path(job.run_dir)
+    patience = Patience(ROOM_SECONDS, max(ROOM_SECONDS, config.training.timeout_seconds))
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray Train's handler would turn Ctrl-C into exit code 0; without it Python raises KeyboardInterrupt."""
 
-    config, run_dir = job.config, Path(job.run_dir)
-    refused = run_dir / "ray" / f"{name}.refused"
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            parts["failure_policy"] = RestartPolicy(self.run_config.failure_config, run_dir, patience)
+            if self.scaling_config.elasticity_enabled:
+                parts["scaling_policy"] = GrowAfterSave(self.scaling_config, run_dir, patience)
+            return super()._initialize_and_run_controller(**parts)
+
     directory = os.getcwd() if session.local else None
 
     def train_loop() -> None:
-        _work(worker_fn, job, refused, directory)
+        _work(worker_fn, job, began, directory)
 
     trainer = Trainer(
         train_loop,
         torch_config=MeetingConfig(
-            backend="nccl" if gpus else "gloo", timeout_s=int(config.training.timeout_seconds), loopback=session.local
+            backend="nccl" if share.gpus else "gloo",
+            timeout_s=int(config.training.timeout_seconds),
+            loopback=session.local,
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers.count,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+            num_workers=share.num_workers,
+            use_gpu=share.gpus > 0,
+            resources_per_worker={"CPU": share.cpus, **({"GPU": share.gpus} if share.gpus else {})},
+            elastic_resize_monitor_interval_s=GROW_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(run_dir / "ray"),
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.workers.max_failures, controller_failure_limit=_STARTUP_ATTEMPTS - 1
-            ),
-            worker_runtime_env={"env_vars": _worker_environment(config, session, gpus > 0)},
+            failure_config=ray.train.FailureConfig(max_failures=config.workers.max_failures),
+            worker_runtime_env={"env_vars": _worker_environment(config, session, share.gpus > 0)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -134,57 +150,45 @@ def _fit(
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         cause = getattr(error, "controller_failure", error)
         write_account(run_dir, {-1: cause})
+        if isinstance(cause, NoRoomError | WorkerGroupStartupTimeoutError):
+            raise TrainingError(_no_room(share, session)) from None
         if isinstance(cause, ray.exceptions.RayActorError):  # a worker that dies while the others still start
             raise root_cause({-1: cause}) from error
+        cause = getattr(cause, "cause", cause)  # what a worker raised on its way to the others
         line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise TrainingError(f"Ray could not run the workers: {line}") from error
-    if refused.exists():  # seen again by the workers of a restart, which then had nothing to do
-        raise InputError(refused.read_text())
 
 
-def _work(worker_fn: Callable[[JobT], object], job: JobT, refused: Path, directory: str | None) -> None:
+def _no_room(share: Share, session: RaySession) -> str:
+    import ray
+
+    free = ray.available_resources()
+    there, needed = [counted(session.cpus, "core")], [counted(share.fewest * share.cpus, "core")]
+    left = [f"{free.get('CPU', 0.0):g}"]
+    if share.gpus:
+        there.append(counted(session.gpus, "GPU"))
+        needed.append(counted(share.fewest * share.gpus, "GPU"))
+        left.append(f"{free.get('GPU', 0.0):g}")
+    return (
+        f"no room for the workers: they need {' and '.join(needed)}; {place_of(session)} has {' and '.join(there)}, "
+        f"of which {' and '.join(left)} are free; wait for other work to end, or lower the number of workers"
+    )
+
+
+def _work(worker_fn: Callable[[JobT], object], job: JobT, began: Path, directory: str | None) -> None:
     """Runs in every worker process, in Ray Train's training thread."""
-    if refused.exists():
-        return  # a restart (workers.max_failures) cannot mend bad input: end at once
     rank = int(os.environ["RANK"])
-    if directory is not None:
-        os.chdir(directory)
-    redirect_output(Path(job.run_dir), rank)
-    import torch
-
-    torch.set_num_threads(job.config.workers.threads)
     try:
+        if directory is not None:
+            os.chdir(directory)
+        redirect_output(Path(job.run_dir), rank)
+        import torch
+
+        torch.set_num_threads(job.config.workers.threads)
+        began.touch()
         worker_fn(job)
     except Exception as error:
-        failure: WorkerFailed = describe_failure(error, rank)
-        if failure.kind == "input":
-            refused.write_text(failure.message)
-        raise failure from None
-
-
-def _share(config: RunConfig, session: RaySession) -> tuple[float, float]:
-    """CPUs and GPUs of each worker. Raises InputError naming what is there when it is too little."""
-    count, where = config.workers.count, "this machine" if session.local else f"the cluster at {session.address}"
-    if count > session.cpus and not config.workers.oversubscribe:
-        raise InputError(
-            f"workers.count: {count} is not allowed; {where} has {_counted(session.cpus, 'core')} and "
-            f"{_counted(session.gpus, 'GPU')}; give at most {session.cpus:g} or set workers.oversubscribe: true"
-        )
-    # Ray counts in steps of 1/10000; rounded down so that all workers fit together.
-    cpus = 1.0 if count <= session.cpus else int(session.cpus / count * 10_000) / 10_000
-    if config.workers.device == "gpu":
-        _refuse_missing_gpus(config, session.gpus, where)
-    use_gpu = config.workers.device == "gpu" or (config.workers.device == "auto" and session.gpus >= count)
-    return cpus, 1.0 if use_gpu else 0.0
-
-
-def _refuse_missing_gpus(config: RunConfig, gpus: float, where: str) -> None:
-    """Also when oversubscribed: NCCL refuses two ranks on one GPU."""
-    if config.workers.count > gpus:
-        raise InputError(
-            f"workers.count: {config.workers.count} is not allowed with workers.device: gpu; {where} has "
-            f"{_counted(gpus, 'GPU')}; " + (f"give at most {gpus:g}" if gpus else "set workers.device: cpu")
-        )
+        raise describe_failure(error, rank) from None
 
 
 def _worker_environment(config: RunConfig, session: RaySession, use_gpu: bool) -> dict[str, str]:
@@ -208,7 +212,3 @@ def _worker_environment(config: RunConfig, session: RaySession, use_gpu: bool) -
 def _unused_name(run_dir: Path) -> str:
     """Ray Train resumes what it finds under a known name; ours is always new (resuming is our checkpoints' job)."""
     return f"{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}-{secrets.token_hex(4)}"
-
-
-def _counted(number: float, noun: str) -> str:
-    return f"{number:g} {noun}" + ("" if number == 1 else "s")

@@ -13,8 +13,9 @@ from coe_dist.config import NetworkConfig, RunConfig
 from coe_dist.errors import InputError, Preempted
 from coe_dist.orchestration.progress import ProgressDisplay
 from coe_dist.orchestration.ray_session import RaySession, session_for
-from coe_dist.orchestration.ray_train import check_workers, run_under_ray
+from coe_dist.orchestration.ray_train import run_under_ray
 from coe_dist.orchestration.resources import usable_cores
+from coe_dist.orchestration.shares import check_workers
 from coe_dist.training.run_folder import (
     check_folder,
     check_network,
@@ -23,14 +24,15 @@ from coe_dist.training.run_folder import (
     locked,
     prepare_folder,
 )
-from coe_dist.training.stopping import preempted_at
+from coe_dist.training.stopping import REQUEST, clear_stop, preempted_at, request_stop
 
 
 def train(config: RunConfig, *, address: str | None = None, overwrite: bool = False) -> Path:
     """Trains `config` under Ray and returns the run folder; an existing run folder is resumed.
 
     address: a running Ray cluster (none: a local Ray for this run). Raises InputError before any worker starts when the
-    configuration, the data or the machine do not allow the run.
+    configuration, the data or the machine do not allow the run, and Preempted when SIGTERM made the workers save and
+    end; then there is no report.
     """
     from coe_dist.report.build import write_report
     from coe_dist.training.checks import check_run
@@ -46,11 +48,24 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
 
 
 def train_in(
-    session: RaySession, config: RunConfig, *, network: NetworkConfig | None = None, overwrite: bool = False
+    session: RaySession,
+    config: RunConfig,
+    *,
+    network: NetworkConfig | None = None,
+    overwrite: bool = False,
+    more_follows: bool = False,
 ) -> Path:
-    """One training in an open Ray session; `network` trains that single network instead of the collaboration."""
+    """One training in an open Ray session; `network` trains that single network instead of the collaboration.
+
+    A SIGTERM that comes too late to interrupt the training raises Preempted only if the job has `more_follows`.
+    """
     with locked(config):
-        return _train_locked(session, config, network, overwrite)
+        run_dir = _train_locked(session, config, network, overwrite)
+        late = (run_dir / REQUEST).exists()
+        clear_stop(run_dir)
+    if late and more_follows:
+        raise Preempted(f"preempted after {config.name}, resumable: the same command goes on from there")
+    return run_dir
 
 
 def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig | None, overwrite: bool) -> Path:
@@ -64,6 +79,7 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
         "kind": "baseline" if network else "collaboration",
         "host": platform.node(),
         "checkpoints": str((run_dir / "checkpoints").absolute()),
+        "preempted": "false",
         **_revision(),
     }
     run_id = tracking.start_run(
@@ -84,13 +100,15 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
     status: tracking.Status = "FAILED"
     display.start()
     try:
-        run_under_ray(run_worker_with_actor, job, session=session)
+        run_under_ray(run_worker_with_actor, job, session=session, stop=lambda: request_stop(run_dir))
         if (step := preempted_at(run_dir)) is not None:
-            raise Preempted(f"stopped at step {step} and saved; the same command goes on from there")
+            raise Preempted(f"preempted at step {step}, resumable: the same command goes on from there")
         status = "FINISHED"
     except BaseException as error:
         # SIGTERM arrives as a SystemExit (signals.Terminated)
         status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit | Preempted) else "FAILED"
+        if isinstance(error, Preempted):
+            tracking.start_run(config, run_name=config.name, tags={"preempted": "true"}, run_id=run_id)
         raise
     finally:
         display.stop()
@@ -117,8 +135,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a run's newest checkpoint and returns the figures of evaluation-<split>.json.
 
-    Uses the run's number of workers, or as many as this machine has cores. With `macs_budget` the threshold is
-    calibrated on validation and stored with the run; `threshold` is a question only, and stores nothing.
+    Uses the run's number of workers (its largest, if elastic), or as many as this machine has cores. With `macs_budget`
+    the threshold is calibrated on validation and stored with the run; `threshold` is only a question: nothing is kept.
     """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
@@ -135,7 +153,8 @@ def evaluate(
         )
     workers = config.workers
     if address is None and not workers.oversubscribe:
-        workers = workers.model_copy(update={"count": min(workers.count, usable_cores())})
+        count = min(workers.most, usable_cores())
+        workers = workers.model_copy(update={"count": count, "min": None, "max": None})
     config = config.model_copy(update={"workers": workers})
     builder = check_run(config)
     check_budget("--macs-budget", macs_budget, *builder.collaboration_macs())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_log = logging.getLogger("coe_dist.signals")
 
 
 class Terminated(SystemExit):
@@ -45,6 +49,44 @@ def own_signals() -> Iterator[Callable[[], None]]:
         if in_main_thread:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def asking_first(ask: Callable[[], bool], *, seconds: float) -> Iterator[None]:
+    """The first SIGTERM inside the block calls `ask` and raises nothing, so that a wait in the block goes on.
+
+    Where `ask` returns False (there is nobody to ask), at the next SIGTERM, and when the block has not ended `seconds`
+    after the first, SIGTERM does what it did before the block. Main thread only.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    asked, ended = threading.Event(), threading.Event()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if not asked.is_set() and ask():
+            asked.set()
+        else:
+            before(number, frame)
+
+    def watch() -> None:
+        asked.wait()
+        if ended.is_set():
+            return
+        _log.warning("SIGTERM: the workers save and end; a second SIGTERM does not wait for them")
+        if not ended.wait(seconds):
+            _log.warning("the workers did not end within %g s", seconds)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="stop request", daemon=True).start()
+    signal.signal(signal.SIGTERM, request)
+    try:
+        yield
+    finally:
+        ended.set()
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -46,12 +46,12 @@ def check_run(config: RunConfig) -> NetworkBuilder:
 def check_empty_batches(builder: NetworkBuilder) -> None:
     """Under batchnorm: group a replica is called also when it has no images, because its statistics are collective."""
     config = builder.config
-    if config.training.batchnorm != "group" or config.workers.count == 1:
+    if config.training.batchnorm != "group" or config.workers.most == 1:
         return
     called: list[tuple[str, str, Callable[[], torch.nn.Module]]] = [
         ("delegator", config.delegator.network, builder.delegator)
     ]
-    if config.workers.count > config.experts.count:  # experts have replicas
+    if config.workers.most > config.experts.count:  # experts have replicas
         called.append(("experts", config.experts.network, lambda: builder.expert(0)))
     side = config.data.resolution
     for section, network, build in called:

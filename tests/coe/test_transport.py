@@ -68,7 +68,7 @@ def problems(draw: st.DrawFn, largest: int = 6) -> tuple[NDArray[np.float64], ND
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_equals_brute_force_with_the_lexicographic_tie_break(problem: tuple[NDArray, NDArray]) -> None:
     scores_NE, ids_N = problem
     answer = balanced_assignment(scores_NE, ids_N)
@@ -77,7 +77,7 @@ def test_equals_brute_force_with_the_lexicographic_tie_break(problem: tuple[NDAr
 
 
 @given(problems(largest=5), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_sparse_equals_brute_force_on_its_edges(problem: tuple[NDArray, NDArray], data: st.DataObject) -> None:
     scores_NE, ids_N = problem
     samples, experts = scores_NE.shape

@@ -1,0 +1,93 @@
+"""How many workers may run, and what each of them gets of a machine or cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coe_dist.config import RunConfig
+from coe_dist.errors import InputError
+from coe_dist.orchestration.ray_session import RaySession
+from coe_dist.orchestration.resources import usable_cores, usable_gpus
+
+_SMALLEST_ELASTIC_SHARE = 1 / 16
+
+
+@dataclass(frozen=True)
+class Share:
+    """From `fewest` to `most` workers (equal where their number is fixed), with `cpus` and `gpus` (0 or 1) each."""
+
+    fewest: int
+    most: int
+    cpus: float
+    gpus: float
+
+    @property
+    def num_workers(self) -> int | tuple[int, int]:
+        """As Ray Train wants it: a pair makes the number elastic."""
+        return self.most if self.fewest == self.most else (self.fewest, self.most)
+
+
+def check_workers(config: RunConfig) -> None:
+    """Raises InputError when this machine cannot host the workers the configuration asks for."""
+    workers, cores = config.workers, usable_cores()
+    if workers.fewest > cores and not workers.oversubscribe:
+        raise InputError(
+            f"{_field(config)}: {workers.fewest} is not allowed; this machine has {counted(cores, 'core')}; "
+            f"give at most {cores} or set workers.oversubscribe: true"
+        )
+    if workers.device == "gpu":
+        _refuse_missing_gpus(config, usable_gpus(), "this machine")
+
+
+def share_of(config: RunConfig, session: RaySession) -> Share:
+    """What each worker gets in `session`. Raises InputError naming what is there when it is too little.
+
+    The most workers of an elastic run are limited by this machine; a cluster may grow. One that is oversubscribed gets
+    shares of 1/2, 1/4, ... of a core, because Ray counts elastic workers with floating-point division.
+    """
+    workers, where = config.workers, place_of(session)
+    fewest, most = workers.fewest, workers.most
+    if fewest > session.cpus and not workers.oversubscribe:
+        raise InputError(
+            f"{_field(config)}: {fewest} is not allowed; {where} has {counted(session.cpus, 'core')} and "
+            f"{counted(session.gpus, 'GPU')}; give at most {session.cpus:g} or set workers.oversubscribe: true"
+        )
+    if workers.device == "gpu":
+        _refuse_missing_gpus(config, session.gpus, where)
+    gpus = 1.0 if workers.device == "gpu" or (workers.device == "auto" and session.gpus >= fewest) else 0.0
+    if not workers.elastic:
+        # Ray counts in steps of 1/10000; rounded down so that all workers fit together.
+        cpus = 1.0 if fewest <= session.cpus else int(session.cpus / fewest * 10_000) / 10_000
+        return Share(fewest, most, cpus, gpus)
+    cpus = 1.0
+    while workers.oversubscribe and cpus * most > session.cpus and cpus > _SMALLEST_ELASTIC_SHARE:
+        cpus /= 2
+    if cpus * fewest > session.cpus:
+        raise InputError(
+            f"workers.min: {fewest} is not allowed; {where} has {counted(session.cpus, 'core')}; "
+            f"give at most {session.cpus / cpus:g}"
+        )
+    if session.local:
+        most = min(most, int(session.cpus / cpus), int(session.gpus) if gpus else most)
+    return Share(fewest, most, cpus, gpus)
+
+
+def place_of(session: RaySession) -> str:
+    return "this machine" if session.local else f"the cluster at {session.address}"
+
+
+def counted(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" + ("" if number == 1 else "s")
+
+
+def _field(config: RunConfig) -> str:
+    return "workers.min" if config.workers.elastic else "workers.count"
+
+
+def _refuse_missing_gpus(config: RunConfig, gpus: float, where: str) -> None:
+    """Also when oversubscribed: NCCL refuses two ranks on one GPU."""
+    if config.workers.fewest > gpus:
+        raise InputError(
+            f"{_field(config)}: {config.workers.fewest} is not allowed with workers.device: gpu; {where} has "
+            f"{counted(gpus, 'GPU')}; " + (f"give at most {gpus:g}" if gpus else "set workers.device: cpu")
+        )

@@ -1,0 +1,147 @@
+"""An elastic run on a cluster whose machines come and go: each image once an epoch, one MLflow run, no endless wait."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from namespaces import clean_environment, in_private_network, python
+from small_data import IMAGES, small_config, write_config, write_small
+
+from coe_dist.config import parse_config
+from coe_dist.errors import InputError
+from coe_dist.orchestration.ray_session import RaySession
+from coe_dist.orchestration.shares import Share, check_workers, share_of
+from coe_dist.tracking import read_metrics
+from coe_dist.tracking.store import connect
+
+SCENARIO = Path(__file__).with_name("scenario_elastic.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elastic")
+    content = small_config(
+        write_small(folder / "data"),
+        folder / "runs",
+        training={"epochs": 100_000, "checkpoint_every_steps": 3, "evaluate_every": 100_000},
+        workers={"min": 1, "max": 2, "device": "cpu", "max_failures": 3},
+        tracking={"enabled": True, "every_steps": 1},
+    )
+    environment = clean_environment(
+        OMP_NUM_THREADS="1",
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN="0123456789abcdef" * 4,
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3",
+    )
+    config = write_config(folder / "config.yaml", content)
+    done = in_private_network(python(SCENARIO, str(folder), str(config)), cwd=folder, env=environment, timeout=540)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {**json.loads(done.stderr.strip().splitlines()[-1]), "run": folder / "runs" / "run"}
+
+
+def test_workers_follow_the_machines(found):
+    assert "problem" not in found["machines"]
+    print({name: round(value, 1) for name, value in found["machines"].items() if name.endswith("seconds")})
+    assert found["machines"]["worlds"][0::2] == [2, 2]
+    starts = [record for record in read_metrics(found["run"]) if record["kind"] == "start"]
+    assert [start["world_size"] for start in starts] == [2, 1, 2]
+    assert found["preempted"] is not None
+
+
+def test_what_happened_is_told_in_one_line_each(found):
+    died, grew = (line for line in found["heard"] if "restarting" in line)
+    assert died.endswith("restarting from the newest checkpoint, failure 1 of 3")
+    assert grew == "room for 2 workers instead of 1; restarting from the checkpoint just saved"
+
+
+def test_every_image_is_used_once_an_epoch_whatever_the_number_of_workers(found):
+    """Of the batches that a later start repeats, only the last repetition is in the weights."""
+    last_start, used = {}, {}
+    for path in sorted(found["run"].glob("ids-*.jsonl")):
+        start = float(path.stem.split("-")[1])
+        for line in path.read_text().splitlines():
+            epoch, number, ids = json.loads(line)
+            last_start[epoch, number] = max(start, last_start.get((epoch, number), 0.0))
+            used.setdefault((epoch, number), []).append((start, ids))
+    complete = found["preempted"] // 4
+    assert complete >= 2
+    for epoch in range(complete):
+        counted = Counter()
+        for number in range(4):
+            # the ranks of one start begin within seconds, those of the next one after many
+            for start, ids in used[epoch, number]:
+                if last_start[epoch, number] - start < 3:
+                    counted.update(ids)
+        assert counted == Counter(range(IMAGES)), f"epoch {epoch}"
+
+
+def test_steps_go_on_from_the_newest_save(found):
+    done = 0
+    for record in read_metrics(found["run"]):
+        if record["kind"] == "start":
+            assert done - 6 <= record["step"] <= done  # one save in three steps, one being written
+            done = record["step"]
+        elif record["kind"] == "train":
+            done += 1
+            assert (record["step"], record["epoch"]) == (done, (done - 1) // 4)
+    assert done == found["preempted"]
+
+
+def test_one_mlflow_run_has_all_steps(found):
+    client = connect(f"sqlite:///{found['run'].parent / 'mlflow.db'}")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {metric.step for metric in history} == set(range(1, found["preempted"] + 1))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "elastic"])
+def test_occupied_cores_are_not_waited_for_for_ever(found, kind):
+    assert found[kind]["error"] == "TrainingError"
+    fewest = "2 cores" if kind == "fixed" else "1 core"
+    assert found[kind]["message"] == (
+        f"no room for the workers: they need {fewest}; the cluster at {found['address']} has 2 cores, of which 0 are "
+        "free; wait for other work to end, or lower the number of workers"
+    )
+
+
+def config_of(**workers):
+    return parse_config({"name": "run", "workers": {"device": "cpu", **workers}})
+
+
+@pytest.mark.parametrize(
+    ("workers", "local", "cores", "share"),
+    [
+        ({"count": 3}, True, 4, Share(3, 3, 1.0, 0.0)),
+        ({"count": 3, "oversubscribe": True}, True, 2, Share(3, 3, 0.6666, 0.0)),
+        ({"min": 1, "max": 8}, True, 4, Share(1, 4, 1.0, 0.0)),
+        ({"min": 1, "max": 8}, False, 4, Share(1, 8, 1.0, 0.0)),
+        ({"min": 4, "max": 8}, True, 4, Share(4, 4, 1.0, 0.0)),
+        ({"min": 3, "max": 6, "oversubscribe": True}, True, 2, Share(3, 6, 0.25, 0.0)),
+        ({"min": 1, "max": 64, "oversubscribe": True}, True, 2, Share(1, 32, 0.0625, 0.0)),
+    ],
+)
+def test_shares(workers, local, cores, share):
+    given = share_of(config_of(**workers), RaySession("somewhere:1", local, cores, 0.0))
+    assert given == share
+    assert given.cpus * (given.most if local else given.fewest) <= cores
+    assert given.num_workers == (share.most if share.fewest == share.most else (share.fewest, share.most))
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(0.0, Share(1, 2, 1.0, 0.0)), (1.0, Share(1, 1, 1.0, 1.0))])
+def test_elastic_workers_take_the_gpus_there_are(gpus, share):
+    config = parse_config({"name": "run", "workers": {"min": 1, "max": 2}})
+    assert share_of(config, RaySession("somewhere:1", True, 4.0, gpus)) == share
+
+
+def test_too_large_a_minimum_is_refused():
+    with pytest.raises(
+        InputError, match=r"^workers.min: 999 is not allowed; this machine has \d+ cores?; give at most"
+    ):
+        check_workers(config_of(min=999, max=1000))
+    session = RaySession("somewhere:1", False, 2.0, 0.0)
+    with pytest.raises(InputError, match=r"^workers.min: 3 is not allowed; the cluster at somewhere:1 has 2 cores"):
+        share_of(config_of(min=3, max=4), session)
+    with pytest.raises(InputError, match=r"^workers.min: 33 is not allowed; .* give at most 32$"):
+        share_of(config_of(min=33, max=64, oversubscribe=True), session)
