@@ -11,6 +11,7 @@ from coe_dist.parallel.groups import Group
 from coe_dist.training.ema import WeightAverage, average_both
 from coe_dist.training.engines import NetworkEngine, autocast, wide
 from coe_dist.training.step import MicroBatch, StepSums
+from coe_dist.training.undo import StatisticsBackup
 
 
 class SingleStep:
@@ -24,13 +25,17 @@ class SingleStep:
         label_smoothing: float,
         call_empty: bool,
         average: WeightAverage | None = None,
+        skips: bool = True,
     ) -> None:
         self.engine, self.world, self.average = engine, world, average
         self.label_smoothing, self.call_empty = label_smoothing, call_empty
         self.micro_step = 0
+        self.backup = StatisticsBackup([engine]) if skips else None
 
     def step(self, batches: Sequence[MicroBatch], sums: StepSums, votes: list[int] | None = None) -> bool:
         """See CollaborationStep.step."""
+        if self.backup is not None:
+            self.backup.keep()
         for index, batch in enumerate(batches):
             samples = int(self.world.all_reduce_sum(torch.tensor([len(batch.labels)], device=batch.images.device)))
             loss = None
@@ -47,6 +52,8 @@ class SingleStep:
         stepped = self.engine.step()
         if not stepped:
             sums.skipped.append(self.engine.name)
+            if self.backup is not None:
+                self.backup.restore([self.engine.name])
         if votes is not None:
             votes[:] = self.world.all_reduce_sum(torch.tensor(votes, device=batches[0].images.device)).tolist()
         return stepped

@@ -24,6 +24,7 @@ from coe_dist.coe import modules
 from coe_dist.parallel.exchange import ExpertBatch, combine, dispatch
 from coe_dist.parallel.router import NonFiniteError, Router, Routing
 from coe_dist.training.engines import NetworkEngine, wide
+from coe_dist.training.undo import StatisticsBackup
 
 
 @dataclass
@@ -68,7 +69,9 @@ class CollaborationStep:
         label_smoothing: float = 0.0,
         frozen_selection: bool = False,
         call_empty: bool = False,
+        skips: bool = True,
     ) -> None:
+        """skips: whether training goes on after a step that failed, and its statistics must be undone."""
         self.delegator, self.experts, self.router = delegator, experts, router
         self.selection_weight, self.label_smoothing = selection_weight, label_smoothing
         self.frozen_selection = frozen_selection
@@ -81,22 +84,29 @@ class CollaborationStep:
             assert engine.group.size == router.groups.placement.replicas(expert), (
                 f"expert {expert}: wrong replica group"
             )
+        self.backup = StatisticsBackup(self._engines()) if skips else None
 
     def step(self, batches: Sequence[MicroBatch], sums: StepSums, votes: list[int] | None = None) -> bool:
         """One optimizer step over the accumulated micro-batches. False when a non-finite value made it skip a network.
 
         votes: numbers of this rank, in the end replaced by their sums over all ranks (they travel with what every step
         must agree on). Raises NonFiniteError, on every rank, when logits or losses are not finite; gradients are then
-        cleared and votes as they were.
+        cleared and votes as they were. Running statistics of networks that did not step are what they were.
         """
+        if self.backup is not None:
+            self.backup.keep()
         try:
             for index, batch in enumerate(batches):
                 self._accumulate(batch, sums, parts=len(batches), last=index == len(batches) - 1)
         except NonFiniteError:
             for engine in self._engines():
                 engine.zero_grad()
+            if self.backup is not None:
+                self.backup.restore(engine.name for engine in self._engines())
             raise
         failed = [engine.name for engine in self._engines() if not engine.step()]
+        if self.backup is not None:
+            self.backup.restore(failed)
         sums.skipped += failed
         # every rank learns whether any network of any rank had a non-finite gradient
         counts = torch.tensor([len(failed), *(votes or ())], device=batches[0].images.device)

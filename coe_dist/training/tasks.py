@@ -127,6 +127,7 @@ class CollaborationTask:
             label_smoothing=config.training.label_smoothing,
             frozen_selection=config.router.selection == "frozen",
             call_empty=config.training.batchnorm == "group",
+            skips=config.training.non_finite == "skip",
         )
         self.evaluator = evaluation.Evaluator(
             self.delegator,
@@ -273,6 +274,7 @@ class SingleTask:
             label_smoothing=training.label_smoothing,
             call_empty=training.batchnorm == "group",
             average=self.averages.get("single"),
+            skips=training.non_finite == "skip",
         )
 
     def engines(self) -> list[NetworkEngine]:
