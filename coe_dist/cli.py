@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides such as training.epochs=3 experts.count=8", show_default=False)
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run folder, for instance runs/demo", show_default=False)]
+WeightsOption = Annotated[
+    Literal["ema", "raw"] | None,
+    typer.Option(help="The moving averages of the weights, or the last step's; by default averages if there are some."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -143,16 +148,40 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
 def export_weights(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The new folder for config.json and the weights.")],
-    weights: Annotated[
-        Literal["ema", "raw"] | None,
-        typer.Option(help="The moving averages of the weights, or the last step's; by default averages if there are."),
-    ] = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Write a folder for coe_dist.inference.CollaborationOfExperts.from_pretrained."""
     from coe_dist.training.export import export_weights as write
 
-    for warning in write(run, out, weights):
-        print(f"coe-dist: {warning}", file=sys.stderr)
+    _warn(write(run, out, weights))
+    print(out)
+
+
+@export_app.command("mlflow", epilog="Example: coe-dist export mlflow runs/demo --register demo")
+def export_mlflow(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option(help="A new folder to save the model in.")] = None,
+    register: Annotated[str | None, typer.Option(help="Name of a registered model that gets a new version.")] = None,
+    weights: WeightsOption = None,
+) -> None:
+    """Make an MLflow model: in the run's own MLflow run, in a folder, or both."""
+    from coe_dist.exports.mlflow_model import export_mlflow as export
+
+    exported = export(run, out=out, register=register, weights=weights)
+    _warn(exported.warnings)
+    print(*exported.places, sep="\n")
+
+
+@export_app.command("onnx", epilog="Example: coe-dist export onnx runs/demo --out demo-onnx")
+def export_onnx(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="The new folder for the ONNX files and manifest.json.")],
+    weights: WeightsOption = None,
+) -> None:
+    """Write one ONNX file for the delegator and one for each expert."""
+    from coe_dist.exports.onnx_graphs import export_onnx as export
+
+    _warn(export(run, out, weights))
     print(out)
 
 
@@ -253,6 +282,11 @@ def main() -> None:
         if hasattr(error, "format_message"):  # the command line itself was wrong
             _fail(error.format_message(), EXIT_BAD_INPUT)
         raise
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"coe-dist: {warning}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:

@@ -29,6 +29,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 _READABLE = {
@@ -77,16 +78,22 @@ def connect(uri: str) -> Any:
 
     Raises whatever MLflow raises for an address it cannot use.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # One warning of ours says it; urllib3 would repeat it for every retry, alembic lists every table it makes.
-    for name in ("urllib3.connectionpool", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    settle_mlflow()
     if uri.startswith("sqlite:////"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     from mlflow.tracking.client import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def settle_mlflow() -> None:
+    """Sets for MLflow, which must not be imported yet, what the user's environment does not say: short waits, no
+    telemetry, few words."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # One warning of ours says it; urllib3 would repeat it for every retry, alembic lists every table it makes.
+    for name in ("urllib3.connectionpool", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def legal_name(name: str) -> str:

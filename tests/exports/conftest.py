@@ -1,0 +1,62 @@
+"""One small run with a record in MLflow, its exported weights and its MLflow model, shared by these tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from exported_run import Tracked
+from small_data import small_config
+from trained_run import CLASSES, images_of, small_run, write_loads
+
+from coe_dist.coe.early_exit import confidence
+from coe_dist.config import parse_config
+from coe_dist.exports.mlflow_model import export_mlflow
+from coe_dist.inference import CollaborationOfExperts
+from coe_dist.tracking import finish_run, start_run
+from coe_dist.training.export import export_weights
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three experts that are all chosen; a threshold that ends 60% of the images early; tracking is off."""
+    folder = tmp_path_factory.mktemp("exports")
+    run = small_run(folder, 3)
+    config = small_config(folder / "no-data", folder, experts={"count": 3, "per_sample": 3})
+    (run / "config.yaml").write_text(parse_config(config).to_yaml())
+    (run / "details-test.json").write_text(json.dumps({"classes": CLASSES}))
+    export_weights(run, folder / "without-threshold")
+    with torch.no_grad():
+        logits_NC, _ = CollaborationOfExperts.from_pretrained(folder / "without-threshold").delegator(images_of(200))
+    write_loads(run, [0.2, 0.3, 0.5], threshold=float(confidence(logits_NC).quantile(0.6)))
+    return run
+
+
+@pytest.fixture(scope="session")
+def model(run: Path) -> CollaborationOfExperts:
+    export_weights(run, run.parent / "weights")
+    return CollaborationOfExperts.from_pretrained(run.parent / "weights")
+
+
+@pytest.fixture(scope="session")
+def tracked(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    """The same run in a folder with a record in MLflow; its model is saved, logged and registered."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("tracked")
+    content = small_config(folder, folder, experts={"count": 3, "per_sample": 3}, tracking={"enabled": True})
+    config = parse_config(content)
+    shutil.copytree(run, config.run_dir)
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    run_id = start_run(config, run_name="run")
+    assert run_id is not None
+    finish_run(config, run_id, "FAILED")
+    exported = export_mlflow(config.run_dir, out=folder / "model", register="small")
+    return Tracked(config.run_dir, f"sqlite:///{folder / 'mlflow.db'}", run_id, folder / "model", exported)
