@@ -111,6 +111,66 @@ def evaluate(
     print(json.dumps(result)) if as_json else show_evaluation(result, run)
 
 
+@app.command(epilog="Example: coe-dist calibrate runs/demo --min-accuracy 0.85")
+def calibrate(
+    run: RunPath,
+    macs_budget: Annotated[float | None, typer.Option(help="Average MACs per image to stay within.")] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Top-1 on validation (0 to 1) to reach with the fewest average MACs.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose on validation from which confidence images exit early, and keep it with the run."""
+    from coe_dist.orchestration.calibrate import calibrate as compute
+    from coe_dist.orchestration.calibrate import show_calibration
+
+    result = compute(run, macs_budget=macs_budget, min_accuracy=min_accuracy, address=address)
+    print(json.dumps(result)) if as_json else show_calibration(result, run)
+
+
+@app.command(epilog="Example: coe-dist predict runs/demo photos 'more/*.jpg' --csv answers.csv --top 5")
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of exported weights", show_default=False)],
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, folders (all below them) and patterns", show_default=False)
+    ],
+    csv: Annotated[Path | None, typer.Option(help="Write the predictions here instead of showing a table.")] = None,
+    top: Annotated[int, typer.Option(help="Name so many classes, the most probable first.")] = 1,
+    macs_budget: Annotated[
+        float | None, typer.Option(help="Average MACs per image, by the run's curve on validation.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Delegator confidence from which images exit early; by default the run's own.")
+    ] = None,
+    weights: WeightsOption = None,
+    workers: Annotated[int | None, typer.Option(help="Spread the files over so many Ray workers.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster, which sees the same files.")] = None,
+    batch: Annotated[int, typer.Option(help="Images per batch.")] = 256,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing CSV file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict the class of image files; those that cannot be read are listed and skipped."""
+    from coe_dist.orchestration.predict import predict as compute
+    from coe_dist.prediction.table import show_predictions
+
+    result = compute(
+        run,
+        images,
+        csv=csv,
+        overwrite=overwrite,
+        top=top,
+        macs_budget=macs_budget,
+        threshold=threshold,
+        weights=weights,
+        workers=workers,
+        address=address,
+        batch=batch,
+        keep_rows=as_json,
+    )
+    print(json.dumps(result)) if as_json else show_predictions(result)
+
+
 @app.command(epilog="Example: coe-dist scale runs/demo --experts 8 --split most-loaded --out runs/demo8")
 def scale(
     run: RunPath,

@@ -69,9 +69,9 @@ def curve(
     early exit), for every image. Thresholds: DEFAULT_THRESHOLDS unless given. Raises ValueError for no images,
     unequal lengths or confidences that are not numbers.
     """
-    confidences, macs = _columns(confidence_N, expert_macs_N)
-    _, early = _columns(confidence_N, delegator_correct_N, "delegator_correct_N")
-    _, late = _columns(confidence_N, expert_correct_N, "expert_correct_N")
+    confidences, macs = columns(confidence_N, expert_macs_N)
+    _, early = columns(confidence_N, delegator_correct_N, "delegator_correct_N")
+    _, late = columns(confidence_N, expert_correct_N, "expert_correct_N")
     order = np.argsort(confidences, kind="stable")
     ordered = confidences[order]
     # prefix sums: the rows before position p do not exit, the rows from p on do
@@ -98,7 +98,7 @@ def calibrate_threshold(
     """
     if not budget >= delegator_macs:
         raise ValueError(f"budget: {budget} MACs is not allowed; the delegator alone needs {delegator_macs}")
-    confidences, macs = _columns(confidence_N, expert_macs_N)
+    confidences, macs = columns(confidence_N, expert_macs_N)
     order = np.argsort(confidences, kind="stable")
     values, first_N = np.unique(confidences[order], return_index=True)
     paid_before = _prefix_sums(macs[order])
@@ -108,21 +108,46 @@ def calibrate_threshold(
     return float(values[affordable]) if affordable < len(values) else NO_EXIT
 
 
-def ece(confidence_N: npt.ArrayLike, correct_N: npt.ArrayLike, bins: int = 15) -> float:
-    """Expected calibration error: over equal-width bins of confidence, (0, 1/bins], (1/bins, 2/bins], ..., the mean
-    over images of |accuracy - mean confidence| of the image's bin. Raises ValueError as `curve` does, and for bins
-    below 1."""
-    if bins < 1:
-        raise ValueError(f"bins: {bins} is not allowed; give a whole number of at least 1")
-    confidences, correct = _columns(confidence_N, correct_N, "correct_N")
-    bin_N = np.clip(np.ceil(confidences * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = np.bincount(bin_N, weights=correct - confidences, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidences))
+def cheapest_threshold(
+    confidence_N: npt.ArrayLike,
+    delegator_correct_N: npt.ArrayLike,
+    expert_correct_N: npt.ArrayLike,
+    expert_macs_N: npt.ArrayLike,
+    delegator_macs: int,
+    accuracy: float,
+) -> float:
+    """The threshold of the smallest average MACs whose top-1 accuracy on these images is at least `accuracy` (0 to 1).
+
+    Average MACs rise with the threshold, so it is the lowest of the candidates of `calibrate_threshold` that is
+    accurate enough. Columns as in `curve`. Raises ValueError naming the best accuracy that any threshold reaches when
+    that is too low, and as `curve` does for bad columns.
+    """
+    confidences, _ = columns(confidence_N, expert_macs_N)
+    candidates = [*np.unique(confidences).tolist(), NO_EXIT]
+    points = curve(confidence_N, delegator_correct_N, expert_correct_N, expert_macs_N, delegator_macs, candidates)
+    best = max(point.top1 for point in points)
+    if not accuracy <= best:  # also for NaN
+        raise ValueError(f"accuracy: {accuracy} is not allowed; the best that a threshold reaches is {best}")
+    return next(point.threshold for point in points if point.top1 >= accuracy)
 
 
-def _columns(
+def affordable_threshold(points: Sequence[CurvePoint], budget: float) -> float:
+    """The largest threshold of a curve (fewest early exits) whose average MACs are within `budget`.
+
+    The rule of `calibrate_threshold` for when the images' records are gone; as fine as the curve's grid. Raises
+    ValueError naming the cheapest point when the budget does not pay it.
+    """
+    affordable = [point.threshold for point in points if point.average_macs <= budget]
+    if not affordable:
+        cheapest = min(point.average_macs for point in points)
+        raise ValueError(f"budget: {budget} MACs is not allowed; the cheapest threshold needs {cheapest}")
+    return max(affordable)
+
+
+def columns(
     confidence_N: npt.ArrayLike, other_N: npt.ArrayLike, name: str = "expert_macs_N"
 ) -> tuple[Floats, Integers]:
+    """Confidences and a column of whole numbers or flags, checked: ValueError for no images, unequal lengths or NaN."""
     confidences, other = np.asarray(confidence_N, dtype=np.float64), np.asarray(other_N).astype(np.int64)
     if confidences.ndim != 1 or len(confidences) == 0:
         raise ValueError(

@@ -130,13 +130,15 @@ def evaluate(
     *,
     split: Literal["validation", "test"] = "test",
     macs_budget: float | None = None,
+    min_accuracy: float | None = None,
     threshold: float | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run's newest checkpoint and returns the figures of evaluation-<split>.json.
 
     Uses the run's number of workers (its largest, if elastic), or as many as this machine has cores. With `macs_budget`
-    the threshold is calibrated on validation and stored with the run; `threshold` is only a question: nothing is kept.
+    or `min_accuracy` (a top-1 from 0 to 1) the threshold is calibrated on validation and stored with the run;
+    `threshold` is only a question: nothing is kept.
     """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
@@ -169,6 +171,7 @@ def evaluate(
         run_dir=str(run_dir.absolute()),
         split=split,
         macs_budget=macs_budget,
+        min_accuracy=min_accuracy,
         threshold=threshold,
     )
     from coe_dist.training.worker import run_worker  # imports FFCV: seconds, which a refusal should not take

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from coe_dist.coe import early_exit
-from coe_dist.errors import TrainingError
+from coe_dist.coe.calibration import ece
+from coe_dist.errors import InputError, TrainingError
 from coe_dist.parallel.exchange import combine, dispatch, plan_exchange
 from coe_dist.parallel.groups import Groups
 from coe_dist.training.ema import WeightAverage, average_both
@@ -33,6 +34,7 @@ class Records:
     selected_N: torch.Tensor  # int64: argmax of the selection logits
     experts_NE: torch.Tensor  # bool: expert j is right
     final_N: torch.Tensor  # bool: the answer is right when the image does not exit early
+    final_confidence_N: torch.Tensor  # the largest probability of that answer
 
 
 class Evaluator:
@@ -58,7 +60,8 @@ class Evaluator:
     def run(self, batches: Iterable[MicroBatch]) -> Records:
         """Collective: every rank gives the same number of batches (some may be empty).
 
-        Raises TrainingError, on every rank, when the delegator's logits are not finite.
+        Raises TrainingError, on every rank, when the class logits of the delegator or of a selected expert are not
+        finite.
         """
         engines = [self.delegator, *self.experts.values()]
         for engine in engines:
@@ -76,18 +79,23 @@ class Evaluator:
         assert len(ids) == len(torch.unique(ids)), "an image was evaluated twice"
         if not bool(torch.isfinite(table[:, 2]).all()):
             raise TrainingError("the delegator's class logits are not finite (NaN or infinity)")
+        if not bool((finite := torch.isfinite(table[:, 6])).all()):
+            expert = int(table[~finite][0, 4])
+            raise TrainingError(f"the class logits of expert {expert} are not finite (NaN or infinity)")
         return Records(
             ids,
             table[:, 1].long(),
             table[:, 2],
             table[:, 3].bool(),
             table[:, 4].long(),
-            table[:, 6:].bool(),
+            table[:, 7:].bool(),
             table[:, 5].bool(),
+            table[:, 6],
         )
 
     def _batch(self, batch: MicroBatch) -> torch.Tensor:
-        """Float64 rows [B, 6+E]: id, label, confidence, delegator right, selected, final right, each expert right."""
+        """Float64 rows [B, 7+E]: id, label, confidence, delegator right, selected, final right, final confidence, each
+        expert right."""
         experts, device = self.groups.placement.experts, batch.images.device
         rows = len(batch.labels)
         sizes = self._sizes(rows, device)
@@ -101,13 +109,13 @@ class Evaluator:
         }
         expert_logits_BEC = combine(plan, answers, self.groups.world)()
         if rows == 0:
-            return torch.zeros(0, 6 + experts, dtype=torch.float64, device=device)
+            return torch.zeros(0, 7 + experts, dtype=torch.float64, device=device)
         with autocast(self.precision, device):
             logits_BC, selection_BE = self._network(self.delegator)(batch.images)
         logits_BC, selected_B = wide(logits_BC), selection_BE.argmax(1)
         probabilities = expert_logits_BEC[torch.arange(rows, device=device), selected_B].softmax(1)
         if self.final == "average":
-            probabilities = probabilities + logits_BC.softmax(1)
+            probabilities = (probabilities + logits_BC.softmax(1)) / 2
         columns = [
             batch.ids,
             batch.labels,
@@ -115,6 +123,7 @@ class Evaluator:
             logits_BC.argmax(1) == batch.labels,
             selected_B,
             probabilities.argmax(1) == batch.labels,
+            probabilities.amax(1),
         ]
         right_BE = expert_logits_BEC.argmax(2) == batch.labels[:, None]
         return torch.cat([torch.stack([column.double() for column in columns], 1), right_BE.double()], 1)
@@ -146,12 +155,13 @@ def summarise(
 ) -> dict[str, Any]:
     """The figures of one evaluation (the object that `coe-dist evaluate --json` prints). Fractions 0-1, MACs integers.
 
-    threshold None: no image exits early.
+    threshold None: no image exits early. ece: calibration error of the delegator's and of the collaboration's answers.
     """
     images, experts = len(records.ids_N), records.experts_NE.shape[1]
     macs_N = torch.tensor(expert_macs, dtype=torch.float64)[records.selected_N]
     exits_N = early_exit.exits(records.confidence_N, threshold)
     right_N = torch.where(exits_N, records.delegator_N, records.final_N)
+    confidence_N = torch.where(exits_N, records.confidence_N, records.final_confidence_N)
     load = torch.bincount(records.selected_N, minlength=experts)
     chosen_right = records.experts_NE.gather(1, records.selected_N[:, None])[:, 0]
     own = torch.bincount(records.selected_N, weights=chosen_right.double(), minlength=experts)
@@ -170,6 +180,7 @@ def summarise(
         "expert_accuracy": [
             float(right) / int(count) if count else None for right, count in zip(own, load, strict=True)
         ],
+        "ece": {"coe": ece(confidence_N, right_N), "delegator": ece(records.confidence_N, records.delegator_N)},
         "threshold": threshold,
         "macs": {"delegator": delegator_macs, "experts": expert_macs},
     }
@@ -200,12 +211,24 @@ def class_table(records: Records, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def calibrated_threshold(
-    records: Records, *, delegator_macs: int, expert_macs: list[int], budget: float | None
+    records: Records,
+    *,
+    delegator_macs: int,
+    expert_macs: list[int],
+    budget: float | None,
+    accuracy: float | None = None,
 ) -> float | None:
-    """The threshold for an average-MACs budget on these records; None without a budget (nobody exits early)."""
+    """The threshold for a budget of average MACs, or the cheapest one of at least this top-1 accuracy, on these
+    records; None without either (nobody exits early). Raises InputError for an accuracy that no threshold reaches."""
+    macs_N = torch.tensor(expert_macs, dtype=torch.float64)[records.selected_N]
+    if accuracy is not None:
+        columns = (records.confidence_N, records.delegator_N, records.final_N, macs_N)
+        try:
+            return early_exit.cheapest_threshold(*columns, delegator_macs, accuracy)
+        except ValueError as error:
+            raise InputError(f"--min-{error}, of these {len(macs_N)} images") from None
     if budget is None:
         return None
-    macs_N = torch.tensor(expert_macs, dtype=torch.float64)[records.selected_N]
     return float(early_exit.calibrate_threshold(records.confidence_N, macs_N, delegator_macs, budget))
 
 

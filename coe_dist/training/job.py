@@ -15,4 +15,5 @@ class Job(Section):
     network: NetworkConfig | None = None  # baseline: the single network to train
     split: Literal["validation", "test"] = "test"  # evaluate
     macs_budget: float | None = None  # evaluate: overrides the stored threshold
+    min_accuracy: float | None = None  # evaluate: the same, with the cheapest threshold of this validation top-1
     threshold: float | None = None

@@ -193,9 +193,15 @@ class CollaborationTask:
             curve=curve,
         )
 
-    def threshold(self, records: evaluation.Records, budget: float | None) -> float | None:
+    def threshold(
+        self, records: evaluation.Records, budget: float | None, accuracy: float | None = None
+    ) -> float | None:
         return evaluation.calibrated_threshold(
-            records, delegator_macs=self.delegator_macs, expert_macs=self.expert_macs, budget=budget
+            records,
+            delegator_macs=self.delegator_macs,
+            expert_macs=self.expert_macs,
+            budget=budget,
+            accuracy=accuracy,
         )
 
     def evaluate(self, batches: Batches) -> dict[str, float]:
@@ -231,18 +237,19 @@ class CollaborationTask:
         *,
         budget: float | None,
         given: float | None,
+        accuracy: float | None = None,
         stored: bool = True,
     ) -> dict[str, Any]:
         """Evaluates the splits in order and writes evaluation-<split>.json and details-<split>.json (or, when the
         figures are not to be stored with the run, asked-<split>.json alone); returns the last.
 
-        The threshold is calibrated on validation for `budget`, or `given`, or the one stored with the run.
+        The threshold is calibrated on validation for `budget` or for a top-1 `accuracy`, or `given`.
         """
         threshold, result = given, {}
         for split in splits:
             records = self.evaluator.run(batches(split))
-            if split == "validation" and budget is not None:
-                threshold = self.threshold(records, budget)
+            if split == "validation" and (budget is not None or accuracy is not None):
+                threshold = self.threshold(records, budget, accuracy)
             result = self._summary(records, split, threshold, curve=True)
             if self.groups.rank == 0:
                 write_json(self.run_dir / evaluation_file(split, stored=stored), result)

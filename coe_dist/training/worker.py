@@ -83,17 +83,17 @@ def _train(job: Job, task: Task, data: Data, position: Position, resumed: dict[s
 
 def _evaluate(job: Job, task: CollaborationTask, data: Data) -> None:
     """The threshold is the one asked for, else the one stored with the run, else the configuration's."""
-    budget, given = job.macs_budget, job.threshold
+    budget, accuracy, given = job.macs_budget, job.min_accuracy, job.threshold
     stored = Path(job.run_dir) / "evaluation-validation.json"
-    if budget is None and given is None:
+    if budget is None and accuracy is None and given is None:
         if stored.is_file():
             given = json.loads(stored.read_text())["threshold"]
         else:
             budget, given = job.config.early_exit.macs_budget, job.config.early_exit.threshold
     splits: tuple[str, ...] = (job.split,)
-    if budget is not None and job.split == "test":
+    if (budget is not None or accuracy is not None) and job.split == "test":
         splits = ("validation", "test")  # a threshold is always calibrated on validation
-    task.report(data.batches, splits, budget=budget, given=given, stored=job.threshold is None)
+    task.report(data.batches, splits, budget=budget, accuracy=accuracy, given=given, stored=job.threshold is None)
 
 
 def _resume(job: Job, task: Task, groups: Groups) -> tuple[Position, str]:

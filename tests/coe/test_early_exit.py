@@ -1,4 +1,4 @@
-"""Curve, calibration and calibration error against loops over the images and searches over all thresholds."""
+"""Curve and choices of a threshold against loops over the images and searches over all thresholds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coe_dist.coe import early_exit
-from coe_dist.coe.early_exit import NO_EXIT, calibrate_threshold, curve, ece
+from coe_dist.coe.early_exit import NO_EXIT, affordable_threshold, calibrate_threshold, cheapest_threshold, curve
 
 DELEGATOR_MACS = 40
 
@@ -96,23 +96,44 @@ def test_confidence_is_the_largest_probability_also_from_bfloat16() -> None:
     assert early_exit.confidence(logits_NC.double()).dtype == torch.float64
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 1) | st.just(1 / 3), st.booleans()), min_size=1, max_size=30), st.integers(1, 15)
-)
-def test_ece_equals_a_loop_over_bins(rows: list[tuple[float, bool]], bins: int) -> None:
-    expected = 0.0
-    for index in range(bins):
-        low, high = index / bins, (index + 1) / bins
-        inside = [row for row in rows if low < row[0] <= high or (index == 0 and row[0] == 0)]
-        if inside:
-            confidence, accuracy = (float(np.mean([row[column] for row in inside])) for column in (0, 1))
-            expected += len(inside) / len(rows) * abs(accuracy - confidence)
-    assert ece(*zip(*rows, strict=True), bins=bins) == pytest.approx(expected, abs=1e-9)
+@given(images, st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]) | st.floats(0, 1))
+def test_the_cheapest_threshold_equals_an_exhaustive_search(
+    rows: list[tuple[float, bool, bool, int]], accuracy: float
+) -> None:
+    # between two neighbouring confidences nothing changes, so these candidates stand for every threshold
+    candidates = [0.0, *sorted(float(np.nextafter(row[0], 2)) for row in rows)]
+    outcomes = [outcome(rows, value) for value in candidates]
+    best = max(top1 for _, _, top1 in outcomes)
+    if accuracy > best:
+        with pytest.raises(ValueError, match=rf"^accuracy: {accuracy} .* reaches is {best}$"):
+            cheapest_threshold(*zip(*rows, strict=True), DELEGATOR_MACS, accuracy)
+        return
+    threshold = cheapest_threshold(*zip(*rows, strict=True), DELEGATOR_MACS, accuracy)
+    _, macs, top1 = outcome(rows, threshold)
+    assert top1 >= accuracy
+    assert macs == min(macs for _, macs, top1 in outcomes if top1 >= accuracy)
+    assert threshold in {*(row[0] for row in rows), NO_EXIT}
 
 
-def test_ece_of_known_cases() -> None:
-    assert ece([0.75] * 4, [1, 1, 1, 0]) == pytest.approx(0.0)
-    assert ece([0.9] * 4, [0, 0, 0, 0]) == pytest.approx(0.9)
+def test_more_experts_are_not_always_better() -> None:
+    # the delegator alone is right three times in four, the expert twice: accuracy falls with more MACs
+    rows = ([0.9, 0.8, 0.7, 0.6], [1, 1, 1, 0], [0, 1, 0, 1], [100] * 4)
+    assert cheapest_threshold(*rows, 40, 0.75) == 0.6
+    assert cheapest_threshold(*rows, 40, 1.0) == 0.7
+    with pytest.raises(ValueError, match=r"^accuracy: nan "):
+        cheapest_threshold(*rows, 40, float("nan"))
+
+
+@given(images, st.floats(40, 1200) | st.sampled_from([40.0, 140.0, 160.0]))
+def test_a_curve_over_all_confidences_affords_what_calibration_does(
+    rows: list[tuple[float, bool, bool, int]], budget: float
+) -> None:
+    confidences, early, late, macs = zip(*rows, strict=True)
+    points = curve(confidences, early, late, macs, DELEGATOR_MACS, [*confidences, NO_EXIT])
+    exact = calibrate_threshold(confidences, macs, DELEGATOR_MACS, budget)
+    assert outcome(rows, affordable_threshold(points, budget))[1] == outcome(rows, exact)[1]
+    with pytest.raises(ValueError, match=r"^budget: 39 MACs is not allowed; the cheapest threshold needs"):
+        affordable_threshold(points, 39)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +145,7 @@ def test_ece_of_known_cases() -> None:
         (lambda: calibrate_threshold([0.5], [100, 100], 40, 90), "expert_macs_N"),
         (lambda: calibrate_threshold([0.5], [100], 40, 39.9), "budget"),
         (lambda: calibrate_threshold([0.5], [100], 40, float("nan")), "budget"),
-        (lambda: ece([0.5], [1], bins=0), "bins"),
+        (lambda: cheapest_threshold([0.5], [1], [1, 0], [100], 40, 0.5), "expert_correct_N"),
     ],
 )
 def test_refused(call: object, field: str) -> None:

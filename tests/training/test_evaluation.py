@@ -11,6 +11,8 @@ from ranks import run_ranks
 from reference import CLASSES, build_networks
 from training import evaluation_cases as cases
 
+from coe_dist.coe.calibration import ece
+from coe_dist.errors import InputError
 from coe_dist.training.evaluation import Records, calibrated_threshold, class_table, summarise
 
 DELEGATOR_MACS, EXPERT_MACS = 100, [1000, 1500, 2000, 3000]
@@ -43,6 +45,7 @@ def brute_force(folder: Path, experts: int, images: int, final: str, ranks: int)
                     "selected": selected,
                     "experts": [int(probabilities.argmax()) == label for probabilities in answers],
                     "final": int(answer.argmax()) == label,
+                    "final confidence": float(answer.max()),
                 }
             )
     return rows
@@ -68,6 +71,7 @@ def rows_of(records: Records) -> list[dict[str, Any]]:
             "selected": int(records.selected_N[i]),
             "experts": records.experts_NE[i].tolist(),
             "final": bool(records.final_N[i]),
+            "final confidence": float(records.final_confidence_N[i]),
         }
         for i in range(len(records.ids_N))
     ]
@@ -92,8 +96,9 @@ def test_every_image_once_and_every_figure_as_in_a_loop_over_images(ranks: int, 
                     assert records.ids_N.tolist() == list(range(images))
                     got = rows_of(records)
                     for row, want in zip(got, expected, strict=True):
-                        assert abs(row.pop("confidence") - want["confidence"]) < 1e-12
-                        assert row == {key: value for key, value in want.items() if key != "confidence"}
+                        for field in ("confidence", "final confidence"):
+                            assert abs(row.pop(field) - want[field]) < 1e-12
+                        assert row == {key: value for key, value in want.items() if "confidence" not in key}
                     check_figures(records, expected, experts)
                 varied.update((row["selected"], row["final"], row["delegator"]) for row in expected)
     assert len(varied) > 4, "the networks of this test answer everything alike"
@@ -133,6 +138,16 @@ def check_figures(records: Records, rows: list[dict[str, Any]], experts: int) ->
                 "top1": right,
             }
             assert type(point["average_macs"]) is int
+        answered = [
+            (confidence, row["delegator"])
+            if threshold is not None and confidence >= threshold
+            else (row["final confidence"], row["final"])
+            for row, confidence in zip(rows, confidences, strict=True)
+        ]
+        rough = [(confidence, row["delegator"]) for row, confidence in zip(rows, confidences, strict=True)]
+        for system, pairs in (("coe", answered), ("delegator", rough)):
+            assert result["ece"].pop(system) == pytest.approx(ece(*zip(*pairs, strict=True)), abs=1e-9)
+        assert result.pop("ece") == {}
         chosen = [[row["experts"][expert] for row in rows if row["selected"] == expert] for expert in range(experts)]
         assert result == {
             "split": "test",
@@ -161,6 +176,14 @@ def check_figures(records: Records, rows: list[dict[str, Any]], experts: int) ->
         assert counted(rows, confidences, macs, threshold)[0] == fewest_exits
         assert counted(rows, confidences, macs, threshold)[1] <= budget
     assert calibrated_threshold(records, delegator_macs=1, expert_macs=macs, budget=None) is None
+    reached = {top1: average for _, average, top1 in sorted(outcomes, key=lambda outcome: -outcome[1])}
+    figures = {"delegator_macs": DELEGATOR_MACS, "expert_macs": macs, "budget": None}
+    for accuracy in reached:
+        threshold = calibrated_threshold(records, accuracy=accuracy, **figures)  # type: ignore[arg-type]
+        cheapest = min(average for top1, average in reached.items() if top1 >= accuracy)
+        assert counted(rows, confidences, macs, threshold)[1] == cheapest
+    with pytest.raises(InputError, match=rf"^--min-accuracy: 1.5 .* reaches is {max(reached)}, of these"):
+        calibrated_threshold(records, accuracy=1.5, **figures)  # type: ignore[arg-type]
 
     table = class_table(records, tuple("abcde"))
     for label in range(CLASSES):
