@@ -46,6 +46,9 @@ WeightsOption = Annotated[
     Literal["ema", "raw"] | None,
     typer.Option(help="The moving averages of the weights, or the last step's; by default averages if there are some."),
 ]
+CheckpointOption = Annotated[
+    str, typer.Option(help="Which save: latest, best (on validation), or a number of optimizer steps.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -100,14 +103,24 @@ def evaluate(
     threshold: Annotated[
         float | None, typer.Option(help="Delegator confidence from which images exit early; not kept.")
     ] = None,
+    checkpoint: CheckpointOption = "latest",
+    weights: WeightsOption = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint; every image is counted once."""
+    """Evaluate a run; every image is counted once. Figures of other networks than the newest are shown but not kept."""
     from coe_dist.orchestration.display import show_evaluation
     from coe_dist.orchestration.runs import evaluate as compute
 
-    result = compute(run, split=split, macs_budget=macs_budget, threshold=threshold, address=address)
+    result = compute(
+        run,
+        split=split,
+        macs_budget=macs_budget,
+        threshold=threshold,
+        checkpoint=checkpoint,
+        weights=weights,
+        address=address,
+    )
     print(json.dumps(result)) if as_json else show_evaluation(result, run)
 
 
@@ -118,6 +131,8 @@ def calibrate(
     min_accuracy: Annotated[
         float | None, typer.Option(help="Top-1 on validation (0 to 1) to reach with the fewest average MACs.")
     ] = None,
+    checkpoint: CheckpointOption = "latest",
+    weights: WeightsOption = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -125,7 +140,14 @@ def calibrate(
     from coe_dist.orchestration.calibrate import calibrate as compute
     from coe_dist.orchestration.calibrate import show_calibration
 
-    result = compute(run, macs_budget=macs_budget, min_accuracy=min_accuracy, address=address)
+    result = compute(
+        run,
+        macs_budget=macs_budget,
+        min_accuracy=min_accuracy,
+        checkpoint=checkpoint,
+        weights=weights,
+        address=address,
+    )
     print(json.dumps(result)) if as_json else show_calibration(result, run)
 
 
@@ -143,6 +165,7 @@ def predict(
     threshold: Annotated[
         float | None, typer.Option(help="Delegator confidence from which images exit early; by default the run's own.")
     ] = None,
+    checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
     workers: Annotated[int | None, typer.Option(help="Spread the files over so many Ray workers.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster, which sees the same files.")] = None,
@@ -162,6 +185,7 @@ def predict(
         top=top,
         macs_budget=macs_budget,
         threshold=threshold,
+        checkpoint=checkpoint,
         weights=weights,
         workers=workers,
         address=address,
@@ -196,11 +220,11 @@ def scale(
 
 
 @app.command(epilog="Example: coe-dist inspect runs/demo --json")
-def inspect(run: RunPath, as_json: AsJson = False) -> None:
-    """Show what a run's newest checkpoint holds, and whether every file verifies."""
+def inspect(run: RunPath, checkpoint: CheckpointOption = "latest", as_json: AsJson = False) -> None:
+    """Show what a checkpoint of a run holds, and whether every file verifies."""
     from coe_dist.training.inspection import inspect_run, show_inspection
 
-    result = inspect_run(run)
+    result = inspect_run(run, checkpoint)
     print(json.dumps(result)) if as_json else show_inspection(result)
 
 
@@ -208,12 +232,13 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
 def export_weights(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The new folder for config.json and the weights.")],
+    checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
 ) -> None:
     """Write a folder for coe_dist.inference.CollaborationOfExperts.from_pretrained."""
     from coe_dist.training.export import export_weights as write
 
-    _warn(write(run, out, weights))
+    _warn(write(run, out, weights, checkpoint))
     print(out)
 
 
@@ -222,12 +247,13 @@ def export_mlflow(
     run: RunPath,
     out: Annotated[Path | None, typer.Option(help="A new folder to save the model in.")] = None,
     register: Annotated[str | None, typer.Option(help="Name of a registered model that gets a new version.")] = None,
+    checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
 ) -> None:
     """Make an MLflow model: in the run's own MLflow run, in a folder, or both."""
     from coe_dist.exports.mlflow_model import export_mlflow as export
 
-    exported = export(run, out=out, register=register, weights=weights)
+    exported = export(run, out=out, register=register, weights=weights, checkpoint=checkpoint)
     _warn(exported.warnings)
     print(*exported.places, sep="\n")
 
@@ -236,12 +262,13 @@ def export_mlflow(
 def export_onnx(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The new folder for the ONNX files and manifest.json.")],
+    checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
 ) -> None:
     """Write one ONNX file for the delegator and one for each expert."""
     from coe_dist.exports.onnx_graphs import export_onnx as export
 
-    _warn(export(run, out, weights))
+    _warn(export(run, out, weights, checkpoint))
     print(out)
 
 

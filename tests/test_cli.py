@@ -222,7 +222,7 @@ def test_a_run_is_not_resumed_with_another_configuration_nor_a_foreign_folder_de
 
 def test_evaluate_refuses_what_it_cannot_evaluate(small_data: Path, tmp_path: Path) -> None:
     run = prepare_folder(parse_config(small_config(small_data, tmp_path)), overwrite=False)
-    assert refused("evaluate", str(run)) == f"{run}: it holds no checkpoint to evaluate"
+    assert refused("evaluate", str(run)) == f"{run}: it holds no complete checkpoint"
     options: list[tuple[dict[str, Any], str]] = [
         ({"macs_budget": 10}, "^--macs-budget: 10 is not allowed"),
         ({"macs_budget": float("nan")}, "^--macs-budget: nan is not allowed"),

@@ -239,7 +239,7 @@ def test_what_cannot_be_exported(
     other = small_run(tmp_path, 3, early_exit={"macs_budget": 9e9})
     code, text = command(other, tmp_path / "x")
     assert code == 2
-    assert "no threshold is calibrated yet for early_exit.macs_budget = 9e+09; run `coe-dist evaluate" in text
+    assert "no threshold is calibrated yet for early_exit.macs_budget = 9e+09; run `coe-dist calibrate" in text
     write_loads(other, [1, 0, 0], threshold=0.5)
     code, text = command(other, tmp_path / "x")
     assert code == 2

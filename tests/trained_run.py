@@ -20,6 +20,7 @@ from coe_dist.inference import CollaborationOfExperts
 from coe_dist.parallel.groups import create_groups
 from coe_dist.training import saving
 from coe_dist.training.checkpoint import Position
+from coe_dist.training.chosen import Networks
 from coe_dist.training.job import Job
 from coe_dist.training.networks import NetworkBuilder, averages_of, collaboration_engines
 
@@ -102,8 +103,13 @@ def _spread_selection(network: torch.nn.Module) -> None:
     network.train(training)
 
 
-def write_loads(run: Path, load: Sequence[float], threshold: float | None = None) -> None:
-    (run / "evaluation-validation.json").write_text(json.dumps({"load": list(load), "threshold": threshold}))
+def write_loads(
+    run: Path, load: Sequence[float], threshold: float | None = None, calibrated_for: Networks | None = None
+) -> None:
+    """What an evaluation on validation leaves, as far as tests need it."""
+    origin = None if calibrated_for is None else calibrated_for._asdict()
+    content = {"load": list(load), "threshold": threshold, "calibrated_for": origin}
+    (run / "evaluation-validation.json").write_text(json.dumps(content))
 
 
 def run_jobs(folder: Path) -> None:

@@ -25,7 +25,8 @@ from coe_dist.exports.packaged_code import package_code, rename_imports, require
 from coe_dist.inference import PretrainedConfig, read_config
 from coe_dist.tracking.runs import run_id_of
 from coe_dist.tracking.store import connect, redact, settle_mlflow, uri_of_run
-from coe_dist.training.export import Weights, export_weights
+from coe_dist.training.chosen import LATEST, Weights
+from coe_dist.training.export import export_weights
 from coe_dist.training.run_folder import load_run_config
 from coe_dist.training.scaling import check_new
 
@@ -43,13 +44,19 @@ class Exported:
 
 
 def export_mlflow(
-    run_dir: Path, *, out: Path | None = None, register: str | None = None, weights: Weights | None = None
+    run_dir: Path,
+    *,
+    out: Path | None = None,
+    register: str | None = None,
+    weights: Weights | None = None,
+    checkpoint: str = LATEST,
 ) -> Exported:
     """Logs the model in the run's own MLflow run where tracking is on, and saves it in the new folder `out` if given.
 
-    register: also a new version of the registered model of that name. `out` appears whole or not at all. Raises
-    InputError as export_weights does, where there is neither `out` nor an MLflow run, and where MLflow does not take
-    the model although it must (`register`, or no `out`); with an `out` that is a warning.
+    register: also a new version of the registered model of that name. weights, checkpoint: see export_weights. `out`
+    appears whole or not at all. Raises InputError as export_weights does, where there is neither `out` nor an MLflow
+    run, and where MLflow does not take the model although it must (`register`, or no `out`); with an `out` that is a
+    warning.
     """
     config = load_run_config(run_dir)
     run_id = run_id_of(run_dir) if config.tracking.enabled else None
@@ -67,7 +74,7 @@ def export_mlflow(
         exported.warnings.append(f"{run_dir}: {reason}; the model is saved in {out} only")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        exported.warnings += export_weights(run_dir, folder / "weights", weights)
+        exported.warnings += export_weights(run_dir, folder / "weights", weights, checkpoint)
         if run_id is not None:
             uri = uri_of_run(run_dir, config)
             try:

@@ -27,14 +27,15 @@ from torch import nn
 
 from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts, PretrainedConfig, expert_stems, read_config
-from coe_dist.training.export import Weights, export_weights
+from coe_dist.training.chosen import LATEST, Weights
+from coe_dist.training.export import export_weights
 from coe_dist.training.scaling import check_new
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4  # of logits, relative to the largest: graphs that are further off are not written
 
 
-def export_onnx(run_dir: Path, out: Path, weights: Weights | None = None) -> list[str]:
+def export_onnx(run_dir: Path, out: Path, weights: Weights | None = None, checkpoint: str = LATEST) -> list[str]:
     """Writes the graphs and the manifest of a run to the new folder `out`; returns the warnings of export_weights.
 
     `out` appears whole or not at all. Raises InputError as export_weights and convert do.
@@ -43,7 +44,7 @@ def export_onnx(run_dir: Path, out: Path, weights: Weights | None = None) -> lis
     check_new(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "weights"
-        warnings = export_weights(run_dir, folder, weights)
+        warnings = export_weights(run_dir, folder, weights, checkpoint)
         convert(folder, out)
     return warnings
 

@@ -11,9 +11,13 @@ from rich.table import Table
 
 def show_evaluation(result: dict[str, Any], run_dir: Path) -> None:
     """Prints the figures of one evaluation."""
+    from coe_dist.training.chosen import Networks
+    from coe_dist.training.thresholds import threshold_of
+
     console, top1 = Console(), result["top1"]
     threshold = "nobody exits early" if result["threshold"] is None else f"threshold {result['threshold']:.4f}"
-    table = Table(title=f"{run_dir}: {result['split']} split, {result['images']:,} images, {threshold}")
+    networks = Networks(result["step"], result["weights"])
+    table = Table(title=f"{run_dir}: {result['split']} split, {result['images']:,} images, {networks}, {threshold}")
     table.add_column("system")
     table.add_column("top-1", justify="right")
     table.add_column("average MACs (the paper's FLOPs)", justify="right")
@@ -29,6 +33,10 @@ def show_evaluation(result: dict[str, Any], run_dir: Path) -> None:
         )
     console.print(table)
     console.print(f"early exit: {percent(result['exit_rate'])} of the images")
+    for doubt in threshold_of(result).doubts(networks):
+        console.print(doubt)
+    if not result["stored"]:
+        console.print("a question: nothing of it is kept with the run")
 
 
 def show_summary(summary: dict[str, Any], run_dir: Path) -> None:

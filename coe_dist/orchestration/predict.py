@@ -29,6 +29,7 @@ def predict(
     top: int = 1,
     macs_budget: float | None = None,
     threshold: float | None = None,
+    checkpoint: str = "latest",
     weights: Literal["ema", "raw"] | None = None,
     workers: int | None = None,
     address: str | None = None,
@@ -37,10 +38,10 @@ def predict(
 ) -> dict[str, Any]:
     """Predicts the class of every image file, lists the files that cannot be read on stderr, and returns the figures.
 
-    run, macs_budget, threshold, weights: see prediction.model.open_model; images: files, folders and patterns, see
-    prediction.files; csv: where to write the rows; top: classes named per image; workers: how many processes of a Ray
-    (of the cluster at `address`, whose machines must see the files under the same names; else of a local one) share the
-    work, none: this process alone; batch: images per batch.
+    run, macs_budget, threshold, checkpoint, weights: see prediction.model.open_model; images: files, folders and
+    patterns, see prediction.files; csv: where to write the rows; top: classes named per image; workers: how many
+    processes of a Ray (of the cluster at `address`, whose machines must see the files under the same names; else of a
+    local one) share the work, none: this process alone; batch: images per batch.
 
     Keys: run, threshold (null: no early exit), images (answered), exit_rate, average_macs (an integer), top, csv,
     broken ([{file, reason}]), predictions ([{file, class, probability, expert, macs, top: [{class, probability}]}], in
@@ -59,7 +60,9 @@ def predict(
 
     from coe_dist.prediction.model import open_model
 
-    opened = open_model(run, threshold=threshold, macs_budget=macs_budget, top=top, weights=weights)
+    opened = open_model(
+        run, threshold=threshold, macs_budget=macs_budget, top=top, checkpoint=checkpoint, weights=weights
+    )
     for warning in opened.warnings:
         print(f"coe-dist: {printable(warning)}", file=sys.stderr)
     if workers is None:

@@ -132,27 +132,27 @@ def evaluate(
     macs_budget: float | None = None,
     min_accuracy: float | None = None,
     threshold: float | None = None,
+    checkpoint: str = "latest",
+    weights: Literal["ema", "raw"] | None = None,
+    store: bool | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run's newest checkpoint and returns the figures of evaluation-<split>.json.
+    """Evaluates a checkpoint of a run (see training.chosen) and returns the figures of evaluation-<split>.json.
 
     Uses the run's number of workers (its largest, if elastic), or as many as this machine has cores. With `macs_budget`
-    or `min_accuracy` (a top-1 from 0 to 1) the threshold is calibrated on validation and stored with the run;
-    `threshold` is only a question: nothing is kept.
+    or `min_accuracy` (a top-1 from 0 to 1) the threshold is calibrated on validation. weights: the moving averages of
+    the weights or the last step's; None: the averages where the run holds some. store: whether the figures, with their
+    threshold, become the run's own; None: they do, unless `threshold` is given or these are not the newest networks
+    with the weights that None means: such questions store nothing.
     """
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
-    from coe_dist.coe.early_exit import NO_EXIT
-    from coe_dist.training.checkpoint import complete_saves
     from coe_dist.training.checks import check_budget, check_run
+    from coe_dist.training.chosen import LATEST, chosen_weights, find_save, valid_save
     from coe_dist.training.job import Job
+    from coe_dist.training.thresholds import check_threshold
 
-    if macs_budget is not None and threshold is not None:
-        raise InputError(f"--threshold: {threshold} is not allowed; --macs-budget is given too, give only one of them")
-    if threshold is not None and not 0 <= threshold <= NO_EXIT:
-        raise InputError(
-            f"--threshold: {threshold} is not allowed; give a number from 0 to 1, or {NO_EXIT:g} for no early exit"
-        )
+    check_threshold(threshold, macs_budget)
     workers = config.workers
     if address is None and not workers.oversubscribe:
         count = min(workers.most, usable_cores())
@@ -160,11 +160,18 @@ def evaluate(
     config = config.model_copy(update={"workers": workers})
     builder = check_run(config)
     check_budget("--macs-budget", macs_budget, *builder.collaboration_macs())
-    saves = complete_saves(run_dir / "checkpoints")
-    if not saves:
-        raise InputError(f"{run_dir}: it holds no checkpoint to evaluate")
-    if not (saves[0] / "delegator.safetensors").is_file():
+    newest = find_save(run_dir, LATEST)
+    if not (newest / "delegator.safetensors").is_file():
         raise InputError(f"{run_dir}: it is the run of a single network; give the run of a collaboration")
+    # the workers verify the newest save, and fall back to the one before
+    save = None if checkpoint == LATEST else valid_save(run_dir, checkpoint)[0]
+    averaged = config.training.ema_decay is not None
+    usual, chosen = (chosen_weights(run_dir, asked, averaged=averaged) for asked in (None, weights))
+    if store is None:
+        store = threshold is None and save in (None, newest) and chosen == usual
+    if chosen == "raw":  # then the workers load and use no averages
+        training = config.training.model_copy(update={"ema_decay": None})
+        config = config.model_copy(update={"training": training})
     job = Job(
         task="evaluate",
         config=config,
@@ -173,11 +180,13 @@ def evaluate(
         macs_budget=macs_budget,
         min_accuracy=min_accuracy,
         threshold=threshold,
+        save=None if save is None else save.name,
+        stored=store,
     )
     from coe_dist.training.worker import run_worker  # imports FFCV: seconds, which a refusal should not take
 
     run_under_ray(run_worker, job, address=address)
-    result: dict[str, Any] = json.loads((run_dir / evaluation_file(split, stored=threshold is None)).read_text())
+    result: dict[str, Any] = json.loads((run_dir / evaluation_file(split, stored=store)).read_text())
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -15,28 +15,34 @@ from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError
 from coe_dist.inference import CONFIG_FILE, PretrainedConfig, WeightsFile
 from coe_dist.training.checkpoint import AVERAGE, WEIGHTS, load_weights
+from coe_dist.training.chosen import LATEST, Networks, Weights, chosen_weights
 from coe_dist.training.inspection import Collaboration, described, open_collaboration
 from coe_dist.training.scaling import check_new
+from coe_dist.training.thresholds import Threshold, stored_threshold
 
-Weights = Literal["ema", "raw"]
 
-
-def export_weights(run_dir: Path, out: Path, weights: Weights | None = None) -> list[str]:
-    """Copies the weights of the newest valid save to the new folder `out`; returns warnings: one for each damaged save,
-    one when the threshold was calibrated for other weights than these.
+def export_weights(
+    run_dir: Path,
+    out: Path,
+    weights: Weights | None = None,
+    checkpoint: str = LATEST,
+    threshold: Threshold | None = None,
+) -> list[str]:
+    """Copies the weights of a valid save to the new folder `out`; returns warnings: one for each damaged save that was
+    passed over, one when the threshold was calibrated for other networks than these.
 
     weights: the moving averages (which evaluation uses where the run holds them) or the last step's; None: the averages
-    where there are some. `out` appears whole or not at all. Raises InputError for a run without a valid checkpoint of a
-    collaboration, averages that it does not hold, a MACs budget that no threshold was calibrated for, class names that
-    are nowhere, and an `out` that exists or cannot be written.
+    where there are some. checkpoint: see chosen.py. threshold: instead of the run's own. `out` appears whole or not at
+    all. Raises InputError for a run without such a checkpoint of a collaboration, averages that it does not hold, a
+    MACs budget that no threshold was calibrated for, class names that are nowhere, and an `out` that exists or cannot
+    be written.
     """
     check_new(out)
-    source = open_collaboration(run_dir)
-    averaged = source.manifest.get("ema") is not None
-    if weights == "ema" and not averaged:
-        raise InputError(f"--weights: ema is not allowed; {run_dir} holds no averages of its weights, give raw")
-    weights = weights or ("ema" if averaged else "raw")
-    config = pretrained_config(run_dir, source, weights)
+    source = open_collaboration(run_dir, checkpoint)
+    weights = chosen_weights(run_dir, weights, averaged=source.manifest.get("ema") is not None)
+    if threshold is None:
+        threshold = _threshold(run_dir, source)
+    config = pretrained_config(run_dir, source, weights, threshold.value)
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
@@ -49,10 +55,7 @@ def export_weights(run_dir: Path, out: Path, weights: Weights | None = None) -> 
         raise InputError(f"--out: {out} is not allowed; it cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    other = []
-    if weights == "raw" and averaged and config.threshold is not None and source.config.early_exit.threshold is None:
-        other = [f"the early-exit threshold {config.threshold:g} was calibrated with the averaged weights, not these"]
-    return [*source.warnings, *other]
+    return [*source.warnings, *threshold.doubts(Networks(config.step, weights))]
 
 
 def _saved_as(name: str, weights: Weights) -> str:
@@ -60,7 +63,9 @@ def _saved_as(name: str, weights: Weights) -> str:
     return name if weights == "raw" else f"{name.removesuffix(WEIGHTS)}{AVERAGE}"
 
 
-def pretrained_config(run_dir: Path, source: Collaboration, weights: Weights) -> PretrainedConfig:
+def pretrained_config(
+    run_dir: Path, source: Collaboration, weights: Weights, threshold: float | None
+) -> PretrainedConfig:
     """What config.json says. The pixel statistics are those inside the weights, not the data set's of today."""
     config, save, saved = source.config, source.save, source.manifest["files"]
     shape = described(load_file(save / "delegator.safetensors"), save / "delegator.safetensors")
@@ -69,7 +74,7 @@ def pretrained_config(run_dir: Path, source: Collaboration, weights: Weights) ->
         "delegator": NetworkConfig(network=config.delegator.network, options=config.delegator.options),
         "experts": NetworkConfig(network=config.experts.network, options=config.experts.options),
         "count": config.experts.count,
-        "threshold": _threshold(run_dir, source),
+        "threshold": threshold,
         **shape,
         "classes": _class_names(run_dir, source, shape["classes"]),
         "resolution": config.data.resolution,
@@ -93,21 +98,17 @@ def pretrained_config(run_dir: Path, source: Collaboration, weights: Weights) ->
     return built.model_copy(update={"delegator_macs": macs[0], "expert_macs": [macs[1]] * built.count})
 
 
-def _threshold(run_dir: Path, source: Collaboration) -> float | None:
+def _threshold(run_dir: Path, source: Collaboration) -> Threshold:
     """The one that evaluation uses: stored with the run, else the configuration's."""
-    exits, path = source.config.early_exit, run_dir / "evaluation-validation.json"
-    if path.is_file():
-        try:
-            threshold = json.loads(path.read_text())["threshold"]
-            return None if threshold is None else float(threshold)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a readable evaluation ({error})") from None
+    exits, stored = source.config.early_exit, stored_threshold(run_dir)
+    if stored is not None:
+        return stored
     if exits.macs_budget is not None:
         raise InputError(
             f"{run_dir}: no threshold is calibrated yet for early_exit.macs_budget = {exits.macs_budget:g}; "
-            f"run `coe-dist evaluate {run_dir} --macs-budget {exits.macs_budget:g}` first"
+            f"run `coe-dist calibrate {run_dir} --macs-budget {exits.macs_budget:g}` first"
         )
-    return exits.threshold
+    return Threshold(exits.threshold)
 
 
 def _class_names(run_dir: Path, source: Collaboration, count: int) -> list[str]:

@@ -25,13 +25,14 @@ from coe_dist.training.checkpoint import (
     sha256_of,
     stems,
 )
+from coe_dist.training.chosen import LATEST, find_save, valid_save
 
 SHORT = 12  # hex digits of a sha256 that a table shows
 
 
 @dataclass(frozen=True)
 class Collaboration:
-    """The newest valid save of a collaboration's run."""
+    """A valid save of a collaboration's run."""
 
     save: Path
     manifest: dict[str, Any]
@@ -39,15 +40,12 @@ class Collaboration:
     warnings: list[str]  # one for each newer save that is damaged
 
 
-def open_collaboration(run_dir: Path) -> Collaboration:
-    """Verifies every file of the newest save, and falls back to the one before where it must.
+def open_collaboration(run_dir: Path, checkpoint: str = LATEST) -> Collaboration:
+    """The save that `checkpoint` names (see chosen.py), verified.
 
-    Raises InputError when no save is valid, or when it is not that of a collaboration.
+    Raises InputError as valid_save does, and when the save is not that of a collaboration.
     """
-    save, warnings = latest_valid(run_dir / "checkpoints")
-    if save is None:
-        reason = f" ({warnings[0].split('; falling back')[0]})" if warnings else ""
-        raise InputError(f"{run_dir}: it holds no valid checkpoint{reason}")
+    save, warnings = valid_save(run_dir, checkpoint)
     manifest = json.loads((save / "manifest.json").read_text())
     if "delegator.safetensors" not in manifest["files"]:
         raise InputError(f"{run_dir}: it is the run of a single network; give the run of a collaboration")
@@ -96,18 +94,19 @@ def described(weights: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {error.args[0]} is missing; it is not a network of this project") from None
 
 
-def inspect_run(run_dir: Path) -> dict[str, Any]:
-    """Describes the newest save that has a readable manifest, also when files of it are damaged.
+def inspect_run(run_dir: Path, checkpoint: str = LATEST) -> dict[str, Any]:
+    """Describes the save that `checkpoint` names (see chosen.py; of the newest, one that has a readable manifest), also
+    when files of it are damaged.
 
     Keys: run, checkpoint, step, epoch, step_in_epoch, micro_step, experts, valid, resumes_from (the save that training
     would go on from, or null), networks, loads_from, scaled (see coe_dist.training.scaling; null), ema (decay and
     updates of the weights' moving averages; null), warnings. Each network: name, sha256 (of its weights' file as it is
     on the disk; null when there is none), bytes, load (fraction of images; null when not recorded), weights, optimizer
     and average ("ok", or what is wrong with the file; average: null without moving averages).
-    Raises InputError when there is no save, or none with a readable manifest.
+    Raises InputError when there is no such save, or none with a readable manifest.
     """
     folder, warnings = run_dir / "checkpoints", []
-    for save in complete_saves(folder):
+    for save in complete_saves(folder) if checkpoint == LATEST else [find_save(run_dir, checkpoint)]:
         manifest = _manifest(save)
         if manifest is not None:
             break

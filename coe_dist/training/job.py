@@ -17,3 +17,5 @@ class Job(Section):
     macs_budget: float | None = None  # evaluate: overrides the stored threshold
     min_accuracy: float | None = None  # evaluate: the same, with the cheapest threshold of this validation top-1
     threshold: float | None = None
+    save: str | None = None  # evaluate: name of the save to load, which has been verified; none: the newest valid one
+    stored: bool = True  # evaluate: whether the figures become the run's own

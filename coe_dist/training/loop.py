@@ -142,7 +142,7 @@ class Loop:
         self._finish_save()
         before = time.perf_counter()
         with naming(f"evaluation after step {step}"):
-            self.task.finish(self.data.batches)
+            self.task.finish(self.data.batches, step)
         now = time.perf_counter()
         self._record(
             "end", step, self.config.training.epochs - 1, {}, seconds=now - started, evaluate_seconds=now - before

@@ -17,6 +17,7 @@ from coe_dist.parallel.solvers import LocalSolver, Problems, RankZeroSolver, Rep
 from coe_dist.seeds import derive_seed
 from coe_dist.tracking.store import write_json
 from coe_dist.training import evaluation
+from coe_dist.training.chosen import Networks
 from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine
 from coe_dist.training.job import Job
@@ -24,6 +25,7 @@ from coe_dist.training.networks import NetworkBuilder, averages_of, collaboratio
 from coe_dist.training.run_folder import evaluation_file
 from coe_dist.training.single import SingleStep
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
+from coe_dist.training.thresholds import Threshold
 
 Batches = Callable[[str], Iterable[MicroBatch]]  # split -> this rank's batches of it
 
@@ -53,8 +55,8 @@ class Task(Protocol):
     def evaluate(self, batches: Batches) -> dict[str, float]:
         """Figures on the validation split. Collective."""
 
-    def finish(self, batches: Batches) -> None:
-        """Calibrates on validation, reports on test, writes the result files. Collective."""
+    def finish(self, batches: Batches, step: int) -> None:
+        """Calibrates on validation, reports on test, writes the result files. step: of the networks. Collective."""
 
 
 def build_task(
@@ -222,12 +224,13 @@ class CollaborationTask:
                 metrics[f"expert/{expert:02d}/accuracy"] = result["expert_accuracy"][expert]
         return metrics
 
-    def finish(self, batches: Batches) -> None:
+    def finish(self, batches: Batches, step: int) -> None:
         self.report(
             batches,
             ("validation", "test"),
+            step=step,
             budget=self.config.early_exit.macs_budget,
-            given=self.config.early_exit.threshold,
+            given=Threshold(self.config.early_exit.threshold),
         )
 
     def report(
@@ -235,28 +238,37 @@ class CollaborationTask:
         batches: Batches,
         splits: tuple[str, ...],
         *,
+        step: int,
         budget: float | None,
-        given: float | None,
+        given: Threshold,
         accuracy: float | None = None,
         stored: bool = True,
-    ) -> dict[str, Any]:
+    ) -> None:
         """Evaluates the splits in order and writes evaluation-<split>.json and details-<split>.json (or, when the
-        figures are not to be stored with the run, asked-<split>.json alone); returns the last.
+        figures are not to be stored with the run, asked-<split>.json alone).
 
-        The threshold is calibrated on validation for `budget` or for a top-1 `accuracy`, or `given`.
+        step: of the networks. The threshold is calibrated on validation for `budget` or for a top-1 `accuracy`, or
+        `given`. Besides the figures (see evaluation.summarise) the files say of which networks they are (step,
+        weights), for which ones the threshold was calibrated (calibrated_for: the same two, or null when it was given),
+        and whether they are stored with the run.
         """
-        threshold, result = given, {}
+        networks, threshold = Networks(step, "ema" if self.averages else "raw"), given
         for split in splits:
             records = self.evaluator.run(batches(split))
             if split == "validation" and (budget is not None or accuracy is not None):
-                threshold = self.threshold(records, budget, accuracy)
-            result = self._summary(records, split, threshold, curve=True)
+                threshold = Threshold(self.threshold(records, budget, accuracy), networks)
+            origin = threshold.calibrated_for
+            result = {
+                **self._summary(records, split, threshold.value, curve=True),
+                **networks._asdict(),
+                "calibrated_for": None if origin is None else origin._asdict(),
+                "stored": stored,
+            }
             if self.groups.rank == 0:
                 write_json(self.run_dir / evaluation_file(split, stored=stored), result)
                 if stored:
                     table = evaluation.class_table(records, self.builder.info.classes)
                     write_json(self.run_dir / f"details-{split}.json", table)
-        return result
 
 
 class SingleTask:
@@ -307,11 +319,11 @@ class SingleTask:
         right, images = self.step.accuracy(batches("validation"), self.config.training.precision)
         return {"val/top1": right / images}
 
-    def finish(self, batches: Batches) -> None:
+    def finish(self, batches: Batches, step: int) -> None:
         result = {}
         for split in ("validation", "test"):
             right, images = self.step.accuracy(batches(split), self.config.training.precision)
-            result[split] = {"split": split, "images": images, "top1": right / images, "macs": self.macs}
+            result[split] = {"split": split, "images": images, "top1": right / images, "macs": self.macs, "step": step}
         if self.groups.rank == 0:
             for split, figures in result.items():
                 write_json(self.run_dir / f"evaluation-{split}.json", figures)

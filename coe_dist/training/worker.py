@@ -6,7 +6,6 @@ initialised already, so that whoever starts the processes stays replaceable.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -34,6 +33,7 @@ from coe_dist.training.networks import NetworkBuilder
 from coe_dist.training.run_folder import check_folder, prepare_folder
 from coe_dist.training.stopping import listen_to_sigterm
 from coe_dist.training.tasks import CollaborationTask, Task, build_task
+from coe_dist.training.thresholds import Threshold, stored_threshold
 
 
 def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> bool:
@@ -63,7 +63,7 @@ def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> bool:
             torch.set_num_threads(config.workers.threads)  # FFCV and DeepSpeed change it
             if job.task == "evaluate":
                 assert isinstance(task, CollaborationTask)
-                _evaluate(job, task, data)
+                _evaluate(job, task, data, position.step)
                 return True
             return _train(job, task, data, position, resumed)
         finally:
@@ -81,24 +81,23 @@ def _train(job: Job, task: Task, data: Data, position: Position, resumed: dict[s
             recorder.close()
 
 
-def _evaluate(job: Job, task: CollaborationTask, data: Data) -> None:
+def _evaluate(job: Job, task: CollaborationTask, data: Data, step: int) -> None:
     """The threshold is the one asked for, else the one stored with the run, else the configuration's."""
-    budget, accuracy, given = job.macs_budget, job.min_accuracy, job.threshold
-    stored = Path(job.run_dir) / "evaluation-validation.json"
-    if budget is None and accuracy is None and given is None:
-        if stored.is_file():
-            given = json.loads(stored.read_text())["threshold"]
-        else:
-            budget, given = job.config.early_exit.macs_budget, job.config.early_exit.threshold
+    budget, accuracy, given = job.macs_budget, job.min_accuracy, Threshold(job.threshold)
+    if budget is None and accuracy is None and given.value is None:
+        exits, stored = job.config.early_exit, stored_threshold(Path(job.run_dir))
+        budget, given = (exits.macs_budget, Threshold(exits.threshold)) if stored is None else (None, stored)
     splits: tuple[str, ...] = (job.split,)
     if (budget is not None or accuracy is not None) and job.split == "test":
         splits = ("validation", "test")  # a threshold is always calibrated on validation
-    task.report(data.batches, splits, budget=budget, accuracy=accuracy, given=given, stored=job.threshold is None)
+    task.report(data.batches, splits, step=step, budget=budget, accuracy=accuracy, given=given, stored=job.stored)
 
 
 def _resume(job: Job, task: Task, groups: Groups) -> tuple[Position, str]:
-    """Loads the newest valid checkpoint of the run folder, if there is one; returns its position and name (or '')."""
-    save, problems = checkpoint.agreed_save(Path(job.run_dir) / "checkpoints", groups)
+    """Loads the save that the job names, else the newest valid one of the run folder, if there is one; returns its
+    position and name (or '')."""
+    folder = Path(job.run_dir) / "checkpoints"
+    save, problems = checkpoint.agreed_save(folder, groups) if job.save is None else (folder / job.save, [])
     for problem in problems:
         warnings.warn(problem, stacklevel=1)
     if save is None:

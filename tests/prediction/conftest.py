@@ -43,6 +43,7 @@ def small_predictor(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     thresholds = [0.0, *confidence(logits_NC).quantile(torch.linspace(0.1, 0.9, 5)).tolist(), 2.0]
     points = curve(confidence(logits_NC), flags, flags, macs, model.delegator_macs, thresholds)
     stored = json.loads((run / "evaluation-validation.json").read_text())
+    stored |= {"step": 3, "weights": "raw"}
     stored["curve"] = [{**point._asdict(), "average_macs": round(point.average_macs)} for point in points]
     (run / "evaluation-validation.json").write_text(json.dumps(stored))
     export_weights(run, folder / "weights")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from namespaces import clean_environment, in_private_network
 from safetensors.torch import load_file
 from small_data import small_config
 from trained_run import CLASSES, answers_of, images_of, job_of, run_on_two_ranks, small_run, write_loads
@@ -19,7 +20,8 @@ from coe_dist.config import parse_config
 from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts, read_config
 from coe_dist.training.checkpoint import network_file
-from coe_dist.training.export import Weights, export_weights
+from coe_dist.training.chosen import Networks, Weights
+from coe_dist.training.export import export_weights
 from coe_dist.training.inspection import inspect_run, open_collaboration, show_inspection
 from coe_dist.training.scaling import scale
 
@@ -57,9 +59,12 @@ def test_an_export_holds_the_averages_unless_raw_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = averaged_run(tmp_path, 3)
-    write_loads(run, [0.2, 0.3, 0.5], threshold=0.25)
+    write_loads(run, [0.2, 0.3, 0.5], threshold=0.25, calibrated_for=Networks(3, "ema"))
     export = ["export", "weights", run, "--out"]
-    note = "coe-dist: the early-exit threshold 0.25 was calibrated with the averaged weights, not these\n"
+    note = (
+        "coe-dist: the early-exit threshold 0.25 was calibrated for the ema weights of step 3, "
+        "not for the raw weights of step 3\n"
+    )
     for name, options, kind, warning in (
         ("auto", [], "ema", ""),
         ("averages", ["--weights", "ema"], "ema", ""),
@@ -168,10 +173,33 @@ def test_a_real_run_is_evaluated_and_exported_by_its_averages(small_data: Path, 
     (stored,) = run_on_two_ranks(tmp_path, [job_of(config.run_dir, "train")])
     result = inspect_run(config.run_dir)
     assert (result["valid"], result["ema"]) == (True, {"decay": 0.8, "updates": 8})
-    kinds: tuple[Weights, ...] = ("ema", "raw")
+    kinds: tuple[tuple[Weights, str], ...] = (("ema", "latest"), ("raw", "latest"), ("raw", "4"))
     answers = {}
-    for kind in kinds:
-        export_weights(config.run_dir, tmp_path / kind, kind)
-        answers[kind] = answers_of(CollaborationOfExperts.from_pretrained(tmp_path / kind), small_data)
-    assert answers["ema"] == (stored["images"], stored["top1"]["coe"], pytest.approx(stored["load"]))
-    assert answers["raw"] != answers["ema"]
+    for kind, checkpoint in kinds:
+        out = tmp_path / f"{kind}-{checkpoint}"
+        export_weights(config.run_dir, out, kind, checkpoint)
+        answers[kind, checkpoint] = answers_of(CollaborationOfExperts.from_pretrained(out), small_data)
+    assert figures(stored) == answers["ema", "latest"]
+    assert (stored["step"], stored["weights"], stored["stored"]) == (8, "ema", True)
+
+    # questions about other networks, one by the command and Ray, one by the workers alone
+    before = (config.run_dir / "evaluation-test.json").read_bytes()
+    command = [sys.executable, "-c", "from coe_dist.cli import main; main()", "evaluate", str(config.run_dir)]
+    done = in_private_network(
+        [*command, "--weights", "raw", "--json"], env=clean_environment(XDG_STATE_HOME=str(tmp_path)), timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    raw = json.loads(done.stdout)
+    assert figures(raw) == answers["raw", "latest"] != answers["ema", "latest"]
+    assert (raw["step"], raw["weights"], raw["stored"]) == (8, "raw", False)
+    job = job_of(config.run_dir, "evaluate", "training.ema_decay=null")
+    run_on_two_ranks(tmp_path, [job.model_copy(update={"save": "step-00000004", "stored": False})])
+    older = json.loads((config.run_dir / "asked-test.json").read_text())
+    assert figures(older) == answers["raw", "4"] != answers["raw", "latest"]
+    assert (older["step"], older["weights"], older["stored"]) == (4, "raw", False)
+    assert (config.run_dir / "evaluation-test.json").read_bytes() == before
+
+
+def figures(evaluation: dict[str, Any]) -> tuple[int, float, Any]:
+    """What answers_of gives."""
+    return evaluation["images"], evaluation["top1"]["coe"], pytest.approx(evaluation["load"])
