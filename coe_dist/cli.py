@@ -219,6 +219,22 @@ def scale(
     show_scaled(run_scale(run, experts=experts, out=out, named=from_expert or (), noise=noise))
 
 
+@app.command(epilog="Example: coe-dist macs configs/images.yaml experts.count=16 --json")
+def macs(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    channels: Annotated[int | None, typer.Option(help="1 or 3; by default the data set's, or its source's.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes; by default likewise.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count multiply-adds and parameters of a configuration; its data set need not exist yet."""
+    from coe_dist.config import load_config
+    from coe_dist.training.macs_table import macs_table, show_macs
+
+    table = macs_table(load_config(config, overrides or ()), channels=channels, classes=classes)
+    print(json.dumps(table)) if as_json else show_macs(table)
+
+
 @app.command(epilog="Example: coe-dist inspect runs/demo --json")
 def inspect(run: RunPath, checkpoint: CheckpointOption = "latest", as_json: AsJson = False) -> None:
     """Show what a checkpoint of a run holds, and whether every file verifies."""
@@ -338,7 +354,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: coe-dist bench router --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="router, exchange or step")],
+    name: Annotated[str, typer.Argument(help="router, exchange, step or pwlu")],
     as_json: AsJson = False,
     quick: Annotated[bool, typer.Option(help="Only the smallest case, to see that it works.")] = False,
 ) -> None:

@@ -1,7 +1,8 @@
 """From a name to a network: delegators and experts (classifiers) with our own heads on a trunk.
 
-Names: `small_cnn` (ours, options width and depth), `timm/<name>` or timm's plain name, `torchvision/<name>`. Weights
-are always random, never downloaded. Images come as uint8 and are normalised inside, so that they travel as uint8.
+Names: see trunks.py, which also has the options `activation` and `condconv`; `resolution` belongs here. Weights are
+always random, never downloaded. Images come as uint8; they are resized and normalised inside, so that they travel as
+uint8, once, at the larger of the networks' sizes.
 
 Errors are ValueErrors of one line that begins with `network` or `options.<name>`.
 """
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from coe_dist.coe.macs import count_macs
@@ -41,16 +43,41 @@ class Normalise(nn.Module):
         return (images_NCHW.to(self.mean.dtype) / 255 - self.mean) / self.std
 
 
+class Resize(nn.Module):
+    """Images uint8, or float from 0 to 255 -> float32 [N,C,side,side], bilinear and antialiased: what a network of the
+    option `resolution` sees. Nothing is rounded, so that all devices agree. Images of that size pass unchanged."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        if isinstance(side, bool) or not isinstance(side, int) or not 8 <= side <= 1024:
+            raise ValueError(
+                f"options.resolution: {side!r} is not allowed; give a whole number of pixels from 8 to 1024"
+            )
+        self.side = side
+
+    def extra_repr(self) -> str:
+        return str(self.side)
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        if images_NCHW.shape[2:] == (self.side, self.side):
+            return images_NCHW
+        size = (self.side, self.side)
+        return F.interpolate(images_NCHW.float(), size, mode="bilinear", align_corners=False, antialias=True)
+
+
 class Classifier(nn.Module):
     """An expert, or a single network: images_NCHW uint8 -> class logits [N,C]."""
 
-    def __init__(self, normalise: Normalise, trunk: nn.Module, features: int, classes: int) -> None:
+    def __init__(
+        self, normalise: Normalise, trunk: nn.Module, features: int, classes: int, resize: Resize | None = None
+    ) -> None:
         super().__init__()
+        self.resize = resize or nn.Identity()
         self.normalise, self.trunk = normalise, trunk
         self.class_head = nn.Linear(features, classes)
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, self.class_head(self.trunk(self.normalise(images_NCHW))))
+        return cast(torch.Tensor, self.class_head(self.trunk(self.normalise(self.resize(images_NCHW)))))
 
 
 class Delegator(nn.Module):
@@ -61,8 +88,17 @@ class Delegator(nn.Module):
     sample a tie.
     """
 
-    def __init__(self, normalise: Normalise, trunk: nn.Module, features: int, classes: int, experts: int) -> None:
+    def __init__(
+        self,
+        normalise: Normalise,
+        trunk: nn.Module,
+        features: int,
+        classes: int,
+        experts: int,
+        resize: Resize | None = None,
+    ) -> None:
         super().__init__()
+        self.resize = resize or nn.Identity()
         self.normalise, self.trunk = normalise, trunk
         self.class_head = nn.Linear(features, classes)
         self.selection_head = nn.Linear(features, experts)
@@ -70,7 +106,7 @@ class Delegator(nn.Module):
         nn.init.zeros_(self.selection_head.bias)
 
     def forward(self, images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features_NF = self.trunk(self.normalise(images_NCHW))
+        features_NF = self.trunk(self.normalise(self.resize(images_NCHW)))
         return self.class_head(features_NF), self.selection_head(features_NF)
 
 
@@ -90,8 +126,9 @@ def build_classifier(
     names are given), a refused option, or a wrong number of means.
     """
     with _seeded(seed):
-        trunk, features = build_trunk(network, options, channels)
-        return Classifier(Normalise(channels, mean, std), trunk, features, classes)
+        resize, own = _resize(options)
+        trunk, features = build_trunk(network, own, channels)
+        return Classifier(Normalise(channels, mean, std), trunk, features, classes, resize)
 
 
 def build_delegator(
@@ -107,8 +144,15 @@ def build_delegator(
 ) -> Delegator:
     """A delegator that chooses among `experts` experts; otherwise as build_classifier."""
     with _seeded(seed):
-        trunk, features = build_trunk(network, options, channels)
-        return Delegator(Normalise(channels, mean, std), trunk, features, classes, experts)
+        resize, own = _resize(options)
+        trunk, features = build_trunk(network, own, channels)
+        return Delegator(Normalise(channels, mean, std), trunk, features, classes, experts, resize)
+
+
+def _resize(options: Options) -> tuple[Resize | None, Options]:
+    """The first module of a network with the option `resolution`, and the options without it."""
+    others = {name: value for name, value in options.items() if name != "resolution"}
+    return (Resize(options["resolution"]) if "resolution" in options else None), others
 
 
 def classifier_with_macs(
@@ -126,8 +170,15 @@ def classifier_with_macs(
     def macs_at(thousandths: int) -> int:
         candidate = {**options, "width": thousandths / 1000}
         with torch.device("meta"):
-            trunk, features = build_trunk(network, candidate, channels)
-            built = Classifier(Normalise(channels, [0.0] * channels, [1.0] * channels), trunk, features, classes)
+            built = build_classifier(
+                network,
+                candidate,
+                channels=channels,
+                classes=classes,
+                mean=[0.0] * channels,
+                std=[1.0] * channels,
+                seed=0,
+            )
         return count_macs(built, channels=channels, resolution=resolution)
 
     low, high = 1, 64_000  # MACs never fall with width: bisection for the narrowest network that reaches the target

@@ -7,6 +7,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from coe_dist.coe.condconv import conditional
+
 _CHANNELS = (10, 20, 40)
 _FEATURES = 320
 
@@ -23,10 +25,11 @@ class SmallCNN(nn.Module):
     At 1x28x28 with 10 classes width 1 costs about 240 thousand MACs and width 0.385 about 42 thousand. Plain
     convolutions because depthwise-separable ones of the same MACs were not better at these sizes and took twice as
     long on a CPU. Channels are rounded to whole numbers, not to multiples of 8, so that `width` sets the MACs finely.
+    condconv: kernels that each sample's 3x3 convolutions mix their own from (condconv.py), one routing per block.
     Raises ValueError for a width outside (0, 64] or a depth that is not a whole number from 1 to 64.
     """
 
-    def __init__(self, channels: int, *, width: float = 1.0, depth: int = 1) -> None:
+    def __init__(self, channels: int, *, width: float = 1.0, depth: int = 1, condconv: int | None = None) -> None:
         super().__init__()
         if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 64:
             raise ValueError(f"options.width: {width!r} is not allowed; give a number above 0, up to 64")
@@ -35,8 +38,8 @@ class SmallCNN(nn.Module):
         stages: list[nn.Module] = []
         for base in _CHANNELS:
             out = max(1, round(base * width))
-            blocks = [_ConvNormReLU(channels, out, kernel=3, stride=2)]
-            blocks += [_ConvNormReLU(out, out, kernel=3, residual=True) for _ in range(depth - 1)]
+            blocks = [_ConvNormReLU(channels, out, kernel=3, stride=2, condconv=condconv)]
+            blocks += [_ConvNormReLU(out, out, kernel=3, residual=True, condconv=condconv) for _ in range(depth - 1)]
             stages.append(nn.Sequential(*blocks))
             channels = out
         self.features = max(1, round(_FEATURES * width))
@@ -49,13 +52,28 @@ class SmallCNN(nn.Module):
 
 
 class _ConvNormReLU(nn.Module):
-    def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int = 1, residual: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int,
+        stride: int = 1,
+        residual: bool = False,
+        condconv: int | None = None,
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv: nn.Module = convolution if condconv is None else conditional(convolution, condconv)
         self.norm = nn.BatchNorm2d(outputs)
         self.activation = nn.ReLU(inplace=True)
         self.residual = residual
+        self.routing = None if condconv is None else nn.Linear(inputs, condconv)
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        out_NCHW = cast(torch.Tensor, self.activation(self.norm(self.conv(images_NCHW))))
+        if self.routing is None:
+            convolved_NCHW = self.conv(images_NCHW)
+        else:
+            convolved_NCHW = self.conv(images_NCHW, torch.sigmoid(self.routing(images_NCHW.mean((2, 3)))))
+        out_NCHW = cast(torch.Tensor, self.activation(self.norm(convolved_NCHW)))
         return images_NCHW + out_NCHW if self.residual else out_NCHW

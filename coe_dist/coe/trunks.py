@@ -1,7 +1,8 @@
 """From a name to a trunk: a network without its classifier.
 
-Names: `small_cnn` (ours), `timm/<name>` or timm's plain name, `torchvision/<name>`. Weights are random, never
-downloaded.
+Names: `small_cnn` (ours), `ofa_mobilenetv3` (once_for_all.py), `timm/<name>` or timm's plain name,
+`torchvision/<name>`. Weights are random, never downloaded. Options beside a network's own: `activation: pwlu` with
+`pwlu_mode: channel` (the default) or `layer`, and `condconv: <kernels>` where the network has such a form.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from coe_dist.coe import once_for_all
+from coe_dist.coe.activations import MODES, replace_activations
+from coe_dist.coe.condconv import with_condconv
 from coe_dist.coe.small_cnn import SmallCNN
 
 Options = Mapping[str, Any]
@@ -35,18 +39,53 @@ def build_trunk(network: str, options: Options, channels: int) -> tuple[nn.Modul
     for name in options:
         if name in _RESERVED_OPTIONS:
             raise ValueError(f"options.{name}: not allowed; it is fixed by this project")
+    mode, kernels = _activation_mode(options), _condconv_kernels(options)
+    own = {name: value for name, value in options.items() if name not in ("activation", "pwlu_mode", "condconv")}
     if network == "small_cnn":
-        return _small_cnn(options, channels)
+        trunk, features = _small_cnn(own, channels, kernels)
+    else:
+        trunk, features = _built(network, own, channels)
+        if kernels is not None:
+            trunk = with_condconv(network, trunk, kernels)
+    return (trunk if mode is None else replace_activations(network, trunk, channels, mode)), features
+
+
+def _built(network: str, options: Options, channels: int) -> tuple[nn.Module, int]:
+    if network == once_for_all.NETWORK:
+        return once_for_all.build_once_for_all(options, channels)
     if network.startswith("torchvision/"):
         return _torchvision(network, options, channels)
     return _timm(network, options, channels)
 
 
-def _small_cnn(options: Options, channels: int) -> tuple[nn.Module, int]:
+def _activation_mode(options: Options) -> str | None:
+    """`pwlu_mode` where the activation is a PWLU."""
+    mode = options.get("pwlu_mode", MODES[0])
+    if mode not in MODES:
+        raise ValueError(f"options.pwlu_mode: {mode!r} is not allowed; give {' or '.join(MODES)}")
+    if "activation" not in options:
+        if "pwlu_mode" in options:
+            raise ValueError(f"options.pwlu_mode: {mode!r} is not allowed without activation: pwlu")
+        return None
+    if options["activation"] != "pwlu":
+        raise ValueError(f"options.activation: {options['activation']!r} is not allowed; give pwlu, or leave it out")
+    return str(mode)
+
+
+def _condconv_kernels(options: Options) -> int | None:
+    kernels = options.get("condconv")
+    if kernels is None:
+        return None
+    if isinstance(kernels, bool) or not isinstance(kernels, int) or not 2 <= kernels <= 64:
+        raise ValueError(f"options.condconv: {kernels!r} is not allowed; give a whole number of kernels from 2 to 64")
+    return kernels
+
+
+def _small_cnn(options: Options, channels: int, kernels: int | None) -> tuple[nn.Module, int]:
     for name in options:
         if name not in ("width", "depth"):
             raise ValueError(f"options.{name}: unknown; small_cnn has width, depth")
-    trunk = SmallCNN(channels, **options)
+    trunk = SmallCNN(channels, condconv=kernels, **options)
     return trunk, trunk.features
 
 
@@ -56,7 +95,7 @@ def _timm(network: str, options: Options, channels: int) -> tuple[nn.Module, int
     name = network.removeprefix("timm/")
     # plain names only: timm also knows names of remote places, and tags of pretrained weights
     if not re.fullmatch(r"\w+", name) or not timm.is_model(name):
-        raise _unknown(network, ["small_cnn", *timm.list_models()])
+        raise _unknown(network, ["small_cnn", once_for_all.NETWORK, *timm.list_models()])
     trunk = _construct(
         network, options, lambda: timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **options)
     )

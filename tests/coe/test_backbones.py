@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from coe_dist.coe.backbones import Normalise, build_classifier, build_delegator, classifier_with_macs
+from coe_dist.coe.backbones import Normalise, Resize, build_classifier, build_delegator, classifier_with_macs
 from coe_dist.coe.macs import count_macs
+from coe_dist.coe.pwlu import realign, statistics, units
+from coe_dist.parallel.batchnorm import split_batchnorm
+from coe_dist.parallel.groups import Group
 
 torch.set_num_threads(1)  # many tiny operations: on a busy machine threads only wait for each other
 
@@ -31,6 +35,9 @@ NETWORKS = [
     ("mobilenetv3_small_050", {"drop_rate": 0.2}, 1, 64),  # has a layer between pooling and classifier
     ("torchvision/shufflenet_v2_x0_5", {}, 3, 64),
     ("torchvision/mobilenet_v3_small", {"dropout": 0.1}, 1, 64),  # grey images into three channels
+    ("small_cnn", {"condconv": 3, "depth": 2, "width": 0.4}, 1, 28),
+    ("tinynet_e", {"condconv": 2}, 3, 64),
+    ("ofa_mobilenetv3", {"depth": 2, "expand": 3, "kernel": 3, "resolution": 32}, 3, 40),
 ]
 
 
@@ -160,12 +167,125 @@ def test_macs_out_of_reach(network: str, target: float, field: str) -> None:
         ("tinynet_e", {"pretrained": True}, r"^options\.pretrained: not allowed"),
         ("torchvision/resnet18", {"weights": "DEFAULT"}, r"^options\.weights: not allowed"),
         ("torchvision/resnet18", {"widht": 1}, r"^options\.widht: unknown"),
+        ("small_cnn", {"activation": "relu"}, r"^options\.activation: 'relu' is not allowed; give pwlu"),
+        ("small_cnn", {"pwlu_mode": "layer"}, r"^options\.pwlu_mode: 'layer' is not allowed without activation"),
+        ("small_cnn", {"activation": "pwlu", "pwlu_mode": "both"}, r"^options\.pwlu_mode: 'both' is not allowed"),
+        ("torchvision/densenet121", {"condconv": 4}, r"^options\.condconv: 4 is not allowed; torchvision/densenet121"),
+        (
+            "torchvision/resnet50",
+            {"activation": "pwlu"},
+            r"^options\.pwlu_mode: 'channel' .*resnet50 has .* layer$",
+        ),
+        ("torchvision/vit_b_32", {"activation": "pwlu"}, r"^options\.pwlu_mode: 'channel' is not allowed"),
+        ("resnet18", {"condconv": 4}, r"^options\.condconv: 4 is not allowed; resnet18 has no such form"),
+        ("small_cnn", {"condconv": 1}, r"^options\.condconv: 1 is not allowed"),
+        ("small_cnn", {"resolution": 4}, r"^options\.resolution: 4 is not allowed"),
     ],
 )
 def test_refused(network: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         build_classifier(network, options, **arguments(3))
     assert "\n" not in str(caught.value)
+
+
+ALONE = Group("world", (0,), None)
+PWLU_NETWORKS = [
+    ("small_cnn", {"depth": 2, "width": 0.4}, 1, 28),
+    ("tinynet_e", {"condconv": 2}, 3, 64),
+    ("mobilenetv3_small_050", {}, 3, 64),
+    ("torchvision/resnet18", {}, 1, 32),
+    ("ofa_mobilenetv3", {"depth": 2, "expand": 3, "kernel": 3}, 3, 32),
+]
+
+
+@pytest.mark.parametrize("mode", ["channel", "layer"])
+@pytest.mark.parametrize(("network", "options", "channels", "side"), PWLU_NETWORKS)
+def test_pwlu_in_place_of_activations(
+    network: str, options: dict[str, Any], channels: int, side: int, mode: str
+) -> None:
+    plain = build_classifier(network, options, **arguments(channels))
+    learned = build_classifier(network, {**options, "activation": "pwlu", "pwlu_mode": mode}, **arguments(channels))
+    assert not {"ReLU", "SiLU", "Hardswish"} & {
+        type(layer).__name__ for name, layer in learned.named_modules() if ".se." not in name
+    }
+    weights, others = learned.state_dict(), plain.state_dict()
+    assert all(torch.equal(weights[name], others[name]) for name in others)  # the other weights are as without it
+    found = units(learned)
+    assert all(unit.channels is None for unit in found) == (mode == "layer")
+    batch = images(4, channels, side)
+    learned(batch)
+    realign(learned, statistics(learned))
+    learned(batch).sum().backward()
+    assert all(parameter.grad is not None for parameter in learned.parameters())
+    split = split_batchnorm(copy.deepcopy(learned), "local", ALONE)  # it wraps timm's BatchNorm with activation
+    assert list(split.state_dict()) == list(learned.state_dict())
+    assert len(units(split)) == len(found)
+
+
+def test_squeeze_and_excite_keeps_its_activations() -> None:
+    plain = build_classifier("mobilenetv3_small_050", {}, **arguments(3))
+    learned = build_classifier("mobilenetv3_small_050", {"activation": "pwlu"}, **arguments(3))
+
+    def squeezes(network: nn.Module) -> list[str]:
+        return [str(module) for module in network.modules() if type(module).__name__ == "SqueezeExcite"]
+
+    assert squeezes(learned) == squeezes(plain) != []
+
+
+@pytest.mark.parametrize("network", ["tinynet_e", "efficientnet_b0"])
+def test_condconv_is_what_timms_block_strings_build(network: str) -> None:
+    """timm's CondConv block, loaded with ours' weights, computes the same."""
+    from timm.models._efficientnet_blocks import CondConvResidual
+
+    trunk = build_classifier(network, {"condconv": 3}, **arguments(3)).trunk.eval()
+    stages = [[type(block) is CondConvResidual for block in stage] for stage in trunk.blocks]
+    assert [any(stage) for stage in stages] == [False] * (len(stages) - 3) + [True] * 3
+    assert all(all(stage) for stage in stages[-3:])
+    block = trunk.blocks[-1][0]
+    timms = CondConvResidual(
+        block.conv_pw.in_channels,
+        block.conv_pwl.out_channels,
+        dw_kernel_size=block.conv_dw.kernel_size[0],
+        exp_ratio=block.conv_pw.out_channels / block.conv_pw.in_channels,
+        noskip=not block.has_skip,
+        act_layer=nn.SiLU,
+        num_experts=3,
+    ).eval()
+    timms.se = block.se
+    timms.load_state_dict(block.state_dict())
+    features = torch.randn(2, block.conv_pw.in_channels, 5, 5)
+    torch.testing.assert_close(block(features), timms(features))
+    spread = block.conv_pw.weight.std(1) / (2.0 / block.conv_pw.out_channels) ** 0.5
+    torch.testing.assert_close(spread, torch.ones(3), rtol=0.1, atol=0.0)  # as the convolution it replaces
+
+
+def test_condconv_mixes_a_kernel_for_each_sample() -> None:
+    network = build_classifier("small_cnn", {"condconv": 3}, **arguments(2)).eval()
+    block = network.trunk.stages[0][0]
+    features = torch.randn(3, 2, 9, 9)
+    shares_NK = torch.sigmoid(block.routing(features.mean((2, 3))))
+    mixed = [torch.einsum("k,k...->...", shares, block.conv.weight.view(3, -1, 2, 3, 3)) for shares in shares_NK]
+    rows = [
+        nn.functional.conv2d(row[None], kernel, stride=2, padding=1)
+        for row, kernel in zip(features, mixed, strict=True)
+    ]
+    torch.testing.assert_close(block(features), block.activation(block.norm(torch.cat(rows))), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_sees_images_at_its_own_resolution() -> None:
+    own = build_delegator("small_cnn", {"resolution": 12}, experts=3, **arguments(3))
+    plain = build_delegator("small_cnn", {}, experts=3, **arguments(3))
+    assert list(own.state_dict()) == list(plain.state_dict())
+    batch = images(2, 3, 30)
+    small = nn.functional.interpolate(batch.float(), (12, 12), mode="bilinear", antialias=True)
+    for network in (own.eval(), plain.eval()):
+        network.load_state_dict(plain.state_dict())
+    assert torch.equal(own(batch)[0], plain(small)[0])
+    assert torch.equal(own(batch[..., :12, :12])[1], plain(batch[..., :12, :12])[1])  # nothing to resize
+    flat = torch.full((1, 3, 30, 30), 200, dtype=torch.uint8)
+    torch.testing.assert_close(Resize(12)(flat), torch.full((1, 3, 12, 12), 200.0))
+    macs = {name: count_macs(network, channels=3, resolution=30) for name, network in (("own", own), ("plain", plain))}
+    assert macs["own"] == count_macs(plain, channels=3, resolution=12) < macs["plain"]
 
 
 def test_channels_and_means_that_do_not_fit() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from coe_dist.coe.macs import average_macs, count_macs, exit_rate_for_budget
+from coe_dist.coe.backbones import build_classifier
+from coe_dist.coe.macs import average_macs, count_macs, count_pwlu_macs, exit_rate_for_budget
 
 
 @pytest.mark.parametrize(
@@ -16,16 +19,43 @@ from coe_dist.coe.macs import average_macs, count_macs, exit_rate_for_budget
     [
         ("tinynet_e", 106, 24.4e6),
         ("tinynet_d", 152, 51.6e6),
+        ("tinynet_c", 184, 99.5e6),
+        ("tinynet_a", 192, 336.9e6),
         ("mobilenetv3_small_100", 224, 56.5e6),
         ("mobilenetv3_large_100", 224, 216.6e6),
     ],
 )
 def test_published_figures(name: str, resolution: int, published: float) -> None:
-    import timm
-
-    with torch.device("meta"):
-        network = timm.create_model(name)
+    network = meta_classifier(name)
     assert count_macs(network, channels=3, resolution=resolution) == pytest.approx(published, rel=0.01)
+
+
+def meta_classifier(name: str, **options: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build_classifier(name, options, channels=3, classes=1000, mean=[0.0] * 3, std=[1.0] * 3, seed=0)
+
+
+def test_condconv_counts_its_mixing_and_one_convolution() -> None:
+    """A conditional convolution costs what it did, and kernels * weights to mix a sample's own."""
+    plain, kernels = meta_classifier("tinynet_e"), 4
+    conditional = meta_classifier("tinynet_e", condconv=kernels)
+    mixing = sum(
+        kernels * module.weight[0].numel() for module in conditional.modules() if type(module).__name__ == "CondConv2d"
+    )
+    routing = sum(module.weight.numel() for name, module in conditional.named_modules() if name.endswith("routing_fn"))
+    assert mixing > 0
+    assert routing > 0
+    counts = [count_macs(network, channels=3, resolution=106) for network in (plain, conditional)]
+    assert counts[1] - counts[0] == mixing + routing
+
+
+def test_pwlu_is_counted_apart() -> None:
+    plain, learned = (meta_classifier("tinynet_e", **options) for options in ({}, {"activation": "pwlu"}))
+    size = {"channels": 3, "resolution": 106}
+    assert count_macs(learned, **size) == count_macs(plain, **size)
+    assert count_pwlu_macs(plain, **size) == 0
+    small = build_classifier("small_cnn", {"activation": "pwlu"}, channels=1, classes=10, mean=[0.0], std=[1.0], seed=0)
+    assert count_pwlu_macs(small, channels=1, resolution=16) == 2 * (10 * 64 + 20 * 16 + 40 * 4 + 320)
 
 
 def small() -> nn.Sequential:
