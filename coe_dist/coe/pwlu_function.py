@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-NARROWEST = 1e-4  # as in pwlu_kernels.py, which is imported late: numba takes a second
+NARROWEST = 1e-4  # B_R - B_L counts as at least this: learned bounds that meet must not divide by zero (our own rule)
 
 
 def piecewise_linear(
@@ -44,7 +44,7 @@ def piecewise_linear(
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        from coe_dist.coe import pwlu_kernels
+        from coe_dist.coe import pwlu_kernels  # late: numba takes a second
 
         ctx.save_for_backward(x, *parameters)
         dense, neighbours = _dense(x.detach().float(), parameters[0].numel())
@@ -71,7 +71,7 @@ class _Compiled(torch.autograd.Function):
 
 
 def _dense(x: torch.Tensor, functions: int) -> tuple[torch.Tensor, int]:
-    """x without gaps in memory, and how many neighbours in memory share a function (see pwlu_kernels.py)."""
+    """x without gaps in memory, and how many neighbours in memory share a function (see pwlu_loops.py)."""
     channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if not channels_last:
         x = x.contiguous()
@@ -122,7 +122,7 @@ class _Plain(torch.autograd.Function):
 
 
 def _evaluate(x: torch.Tensor, parameters: Any) -> tuple[torch.Tensor, ...]:
-    """f(x); position u and piece of each value (see pwlu_kernels.py), the pieces' slopes in u [C,N+2], and d [C]."""
+    """f(x); position u and piece of each value (see pwlu_loops.py), the pieces' slopes in u [C,N+2], and d [C]."""
     left_F, right_F, values, left_slope_F, right_slope_F = parameters
     functions = left_F.numel()
     points_FP = values.view(functions, -1)
