@@ -100,6 +100,7 @@ class TrainingConfig(Section):
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None  # also every so many optimizer steps
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the newest; the one with the best validation stays besides
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # exponential moving average of the weights
+    pwlu_statistics_epochs: Annotated[int, Field(ge=1)] = 5  # of activation: pwlu, before it is learned (the paper's 5)
 
 
 class EarlyExitConfig(Section):
@@ -166,6 +167,11 @@ class RunConfig(Section):
         """N: images per global micro-batch, the unit of routing, labels and BatchNorm."""
         return self.training.global_batch // self.training.accumulation
 
+    @property
+    def uses_pwlu(self) -> bool:
+        """Whether a network has piecewise linear units (coe/pwlu.py)."""
+        return any(section.options.get("activation") == "pwlu" for section in (self.delegator, self.experts))
+
     @model_validator(mode="after")
     def _cross_field_rules(self) -> RunConfig:
         count, k = self.experts.count, self.experts_per_sample
@@ -208,6 +214,13 @@ class RunConfig(Section):
                 "router.where",
                 self.router.where,
                 "router.scope: local solves on every rank; give replicated",
+            )
+        if self.uses_pwlu and self.training.pwlu_statistics_epochs >= self.training.epochs:
+            raise _refused(
+                "training.pwlu_statistics_epochs",
+                self.training.pwlu_statistics_epochs,
+                f"training.epochs = {self.training.epochs} leaves no epoch in which activation: pwlu is learned; "
+                "give fewer, or more epochs",
             )
         if self.training.engine == "torch" and self.training.zero_stage != 0:
             raise _refused("training.zero_stage", self.training.zero_stage, "engine: torch knows only stage 0")

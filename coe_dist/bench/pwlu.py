@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from coe_dist.bench.record import Record, case, machine, versions
-from coe_dist.coe.pwlu import PWLU, realign, statistics
+from coe_dist.coe.pwlu import PWLU, realign, take_sums, track
 
 SHAPES = [(64, 16, 56, 56), (64, 96, 14, 14), (64, 64, 7, 7)]
 
@@ -46,7 +46,8 @@ def _measure(shape: tuple[int, ...], mode: str, repeats: int) -> Record:
     gradient = torch.randn(shape, generator=generator)
     unit = PWLU(shape[1] if mode == "channel" else None)
     unit(images)
-    realign(unit, statistics(unit))
+    track(unit, take_sums(unit))
+    realign(unit)
 
     def ours() -> None:
         images.grad = None

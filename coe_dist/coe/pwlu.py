@@ -7,9 +7,11 @@ N intervals of width d = (B_R - B_L) / N between two bounds; values Y_0..Y_N at 
          = Y_i + (Y_{i+1} - Y_i) (x - B_i) / d      inside, B_i = B_L + i d
          = Y_N + K_R (x - B_R)                      x >= B_R
 
-Two phases. At first the unit is a ReLU whose parameters rest while it tracks the mean and the standard deviation of its
-input. `realign` then puts the bounds at mean -+ 3 standard deviations, the values on ReLU again, and ends the first
-phase: from there on everything is learned. Nothing here communicates: sum `statistics` over the ranks of a network.
+Two phases. At first the unit is a ReLU whose parameters rest while the mean and the standard deviation of its input are
+tracked: each forward in training adds to the unit's `sums`, and after a step `track` moves the running statistics with
+them. `realign` then puts the bounds at mean -+ 3 standard deviations, the values on ReLU again, and ends the first
+phase: from there on everything is learned. Nothing here communicates: a caller whose network has replicas adds up what
+`take_sums` gives over them before `track`, so that all replicas hold the statistics of the union.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from coe_dist.coe.pwlu_function import NARROWEST, piecewise_linear
+from coe_dist.coe.pwlu_function import NARROWEST, piecewise_linear, relu_at_rest
 
 
 class PWLU(nn.Module):
@@ -36,12 +37,13 @@ class PWLU(nn.Module):
     running_std: torch.Tensor
     seen: torch.Tensor
     realigned: torch.Tensor
+    sums: torch.Tensor | None  # float64 [3, functions] of inputs not tracked yet: count, sum, sum of squares
 
     def __init__(self, channels: int | None, intervals: int = 16) -> None:
         super().__init__()
         if isinstance(intervals, bool) or not isinstance(intervals, int) or not 2 <= intervals <= 1024 or intervals % 2:
             raise ValueError(f"intervals: {intervals!r} is not allowed; give an even number from 2 to 1024")
-        self.channels, self.intervals, self.learned = channels, intervals, False
+        self.channels, self.intervals, self.learned, self.sums = channels, intervals, False, None
         functions = channels or 1
         self.left = nn.Parameter(torch.full((functions,), -3.0))
         self.right = nn.Parameter(torch.full((functions,), 3.0))
@@ -58,22 +60,33 @@ class PWLU(nn.Module):
         return f"{self.channels or 'one for all'}, intervals={self.intervals}, learned={self.learned}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parameters = (self.left, self.right, self.values, self.left_slope, self.right_slope)
         if self.learned:
-            return piecewise_linear(x, self.left, self.right, self.values, self.left_slope, self.right_slope)
+            return piecewise_linear(x, *parameters)
         if self.training and x.numel():
-            self._track(x.detach())
-        return F.relu(x)
+            self._add(x.detach())
+        return relu_at_rest(x, *parameters)
 
     @torch.no_grad()
-    def _track(self, x: torch.Tensor) -> None:
-        """Running statistics with weight 0.1 for the newest batch; the first batch counts fully (our own rule)."""
-        x = x.to(self.running_mean.dtype)
+    def _add(self, x: torch.Tensor) -> None:
+        # moments are stable around their own mean; the sums are then formed in float64
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         dims = tuple(range(x.dim())) if self.channels is None else (0, *range(2, x.dim()))
-        variance, mean = torch.var_mean(x, dim=dims, correction=0)
-        weight = torch.where(self.seen == 0, 1.0, 0.1).to(mean.dtype)
-        self.running_mean.lerp_(mean.view_as(self.running_mean), weight)
-        self.running_std.lerp_(variance.sqrt().view_as(self.running_std), weight)
-        self.seen += x.numel() // self.running_mean.numel()
+        variance, mean = (moment.double().reshape(-1) for moment in torch.var_mean(x, dim=dims, correction=0))
+        count = x.numel() // mean.numel()
+        sums = count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    @torch.no_grad()
+    def track(self, sums: torch.Tensor) -> None:
+        """Running statistics take weight 0.1 for the newest inputs; the first ones count fully (our own rule)."""
+        count, total, squares = sums
+        mean = total / count.clamp_min(1.0)
+        std = (squares / count.clamp_min(1.0) - mean.square()).clamp_min(0.0).sqrt()
+        weight = torch.where(self.seen == 0, 1.0, 0.1) * (count > 0)
+        for running, newest in ((self.running_mean, mean), (self.running_std, std)):
+            running.lerp_(newest.to(running.dtype), weight.to(running.dtype))
+        self.seen += count[0].long()
 
     @torch.no_grad()
     def _become_relu(self) -> None:
@@ -84,14 +97,15 @@ class PWLU(nn.Module):
         self.right_slope.fill_(1.0)
 
     @torch.no_grad()
-    def begin_learning(self, mean: torch.Tensor, std: torch.Tensor, seen: torch.Tensor) -> None:
-        """The second phase, with bounds at mean -+ 3 std (each [C]) for functions that have seen a value."""
-        spread = 3.0 * std.clamp_min(NARROWEST)
-        self.left.copy_(torch.where(seen > 0, mean - spread, self.left.to(mean)))
-        self.right.copy_(torch.where(seen > 0, mean + spread, self.right.to(mean)))
+    def realign(self) -> None:
+        """Begins the second phase; without any input so far the bounds stay where they are."""
+        if int(self.seen) > 0:
+            spread = 3.0 * self.running_std.clamp_min(NARROWEST)
+            self.left.copy_(self.running_mean - spread)
+            self.right.copy_(self.running_mean + spread)
         self._become_relu()
         self.realigned.fill_(True)
-        self.learned = True
+        self.learned, self.sums = True, None
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)
@@ -104,48 +118,38 @@ def units(network: nn.Module) -> list[PWLU]:
     return [module for module in network.modules() if isinstance(module, PWLU)]
 
 
-def statistics(network: nn.Module) -> torch.Tensor:
-    """What all units have tracked: float64 [3, functions of all units], rows count, sum and sum of squares.
+def tracking(network: nn.Module) -> bool:
+    """Whether the network has units in the first phase."""
+    return any(not unit.learned for unit in units(network))
 
-    Tensors of several ranks add up to the statistics of their union; a rank weighs by the values that it has seen.
-    """
+
+def take_sums(network: nn.Module) -> torch.Tensor:
+    """What the units have seen in training since the last call: float64 [3, functions of all units], rows count, sum
+    and sum of squares, zero where they have seen nothing. Those of replicas add up to those of their union."""
     columns = []
     for unit in units(network):
-        mean, std = unit.running_mean.double(), unit.running_std.double()
-        count = unit.seen.double().expand_as(mean)
-        columns.append(torch.stack([count, count * mean, count * (std.square() + mean.square())]))
-    return torch.cat(columns, dim=1) if columns else torch.zeros(3, 0, dtype=torch.float64)
+        empty = torch.zeros(3, unit.left.numel(), dtype=torch.float64, device=unit.left.device)
+        columns.append(empty if unit.sums is None else unit.sums)
+        unit.sums = None
+    return torch.cat(columns, dim=1)
 
 
-def realign(network: nn.Module, reduced: torch.Tensor) -> None:
-    """Ends the first phase of all units with the sum of the ranks' `statistics`; every replica does the same.
-
-    Parameters change in place: copies of them elsewhere (ZeRO's float32 partitions) have to be renewed, and a moving
-    average of the network needs the same call. Raises ValueError when `reduced` belongs to another network.
-    """
-    for unit, mean, std, count in _moments(network, reduced):
-        unit.begin_learning(mean, std, count)
-
-
-def set_statistics(network: nn.Module, reduced: torch.Tensor, ranks: int) -> None:
-    """Gives a replica the mean and standard deviation over all, and its 1/ranks of their count, so that what one of
-    them saves stands for all. For the first phase, before saving; otherwise as realign."""
-    for unit, mean, std, count in _moments(network, reduced):
-        if float(count[0]) > 0:
-            unit.running_mean.copy_(mean)
-            unit.running_std.copy_(std)
-            unit.seen.copy_((count[0] / ranks).ceil())
-
-
-def _moments(network: nn.Module, reduced: torch.Tensor) -> list[tuple[PWLU, torch.Tensor, torch.Tensor, torch.Tensor]]:
+def track(network: nn.Module, sums: torch.Tensor) -> None:
+    """Moves the units' running statistics once; `sums` as from take_sums, in the same order. Replicas that are given
+    the same sums stay the same. Raises ValueError for the sums of another network."""
     found = units(network)
     sizes = [unit.left.numel() for unit in found]
-    if reduced.shape != (3, sum(sizes)):
-        raise ValueError(f"reduced: {tuple(reduced.shape)} is not allowed; the network's units need (3, {sum(sizes)})")
-    result = []
-    for unit, part in zip(found, torch.split(reduced.double(), sizes, dim=1), strict=True):
-        count, total, squares = part.to(unit.left.device)
-        mean = total / count.clamp_min(1.0)
-        std = (squares / count.clamp_min(1.0) - mean.square()).clamp_min(0.0).sqrt()
-        result.append((unit, mean, std, count))
-    return result
+    if sums.shape != (3, sum(sizes)):
+        raise ValueError(f"sums: {tuple(sums.shape)} is not allowed; the network's units need (3, {sum(sizes)})")
+    for unit, part in zip(found, torch.split(sums, sizes, dim=1), strict=True):
+        unit.track(part)
+
+
+def realign(network: nn.Module) -> None:
+    """Ends the first phase of all units that are still in it.
+
+    Parameters change in place: copies of them elsewhere (ZeRO's float32 partitions) have to be renewed.
+    """
+    for unit in units(network):
+        if not unit.learned:
+            unit.realign()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 NARROWEST = 1e-4  # B_R - B_L counts as at least this: learned bounds that meet must not divide by zero (our own rule)
 
@@ -39,6 +40,29 @@ def piecewise_linear(
     else:
         result = _evaluate(x, parameters)[0]  # without a function of autograd, for exports
     return result
+
+
+def relu_at_rest(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    """ReLU of x. The parameters do not take part but get gradients of zero: engines whose ranks reduce gradients as
+    they come (ZeRO) must find the same parameters reached on all of them, also on one without images."""
+    if not torch.is_grad_enabled():
+        return F.relu(x)
+    result: torch.Tensor = _AtRest.apply(x, *parameters)
+    return result
+
+
+class _AtRest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        out = F.relu(x)
+        ctx.save_for_backward(out, *parameters)  # the next layer keeps it too
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out, *parameters = ctx.saved_tensors
+        own = torch.ops.aten.threshold_backward(gradients[0], out, 0)
+        return own, *map(torch.zeros_like, parameters)
 
 
 class _Compiled(torch.autograd.Function):

@@ -1,9 +1,11 @@
-"""Compiles the transportation solver before it is needed."""
+"""Compiles what runs in compiled loops before it is needed."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
+from coe_dist.coe.pwlu import PWLU, realign
 from coe_dist.coe.transport import balanced_assignment, balanced_assignment_sparse
 
 
@@ -22,3 +24,16 @@ def warm_up() -> None:
         balanced_assignment(scores_NE.astype(dtype), ids_N)
         scores_Nk = np.take_along_axis(scores_NE, edges_Nk, axis=1).astype(dtype)
         balanced_assignment_sparse(scores_Nk, edges_Nk, experts, ids_N, feasible_N=edges_Nk[:, 0])
+
+
+def warm_up_pwlu() -> None:
+    """Likewise for piecewise linear units that are learned on the CPU: an input for one thread, and one for two."""
+    unit = PWLU(2)
+    realign(unit)
+    threads = torch.get_num_threads()
+    try:
+        for count, side in ((1, 1), (2, 512)):
+            torch.set_num_threads(count)
+            unit(torch.zeros(2, 2, side, side, requires_grad=True)).sum().backward()
+    finally:
+        torch.set_num_threads(threads)

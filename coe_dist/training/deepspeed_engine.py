@@ -30,6 +30,7 @@ from coe_dist.training.engines import (
     State,
     clip_gradients,
     fill_gradients,
+    forget_state,
     full_state,
     gradients_of,
     named_trainable,
@@ -249,3 +250,15 @@ class DeepSpeedEngine:
                 for key, value in state.get(names[parameter], {}).items():
                     if value.ndim > 0:
                         safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def restart(self, parameters: list[nn.Parameter]) -> None:
+        if self.stage == 0:
+            forget_state(self.engine.optimizer, parameters)
+            return
+        zero, given = self.engine.optimizer, {id(parameter) for parameter in parameters}
+        zero.refresh_fp32_params()
+        for members, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            found = [id(parameter) in given for parameter in members]
+            assert all(found) or not any(found), "a parameter group restarts as a whole"
+            if found[0]:
+                forget_state(zero.optimizer, [flat])

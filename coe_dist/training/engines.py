@@ -51,6 +51,9 @@ class NetworkEngine(Protocol):
         """Full optimizer state by parameter name, copied to the CPU; {} where it is not `wanted`. Collective."""
 
     def load_optimizer_state(self, state: State) -> None: ...
+    def restart(self, parameters: list[nn.Parameter]) -> None:
+        """These have been given new values: copies of them are renewed, and what the optimizer remembers of them is
+        forgotten. They must be whole parameter groups. Communicates nothing."""
 
 
 def build_engine(
@@ -180,9 +183,20 @@ class TorchEngine:
     def load_optimizer_state(self, state: State) -> None:
         set_full_state(self.network, self.optimizer, state)
 
+    def restart(self, parameters: list[nn.Parameter]) -> None:
+        forget_state(self.optimizer, parameters)
+
 
 def named_trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in network.named_parameters() if p.requires_grad)
+
+
+def forget_state(optimizer: torch.optim.Optimizer, keys: Iterable[torch.Tensor]) -> None:
+    """Sets the state of some parameters to zero, which is what SGD's and AdamW's begins with."""
+    for key in keys:
+        for value in optimizer.state.get(key, {}).values():
+            if torch.is_tensor(value):
+                value.zero_()
 
 
 def full_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> State:

@@ -19,6 +19,7 @@ from coe_dist.tracking import Recorder
 from coe_dist.training.checkpoint import Position, save_name
 from coe_dist.training.job import Job
 from coe_dist.training.optim import learning_rate_factor
+from coe_dist.training.pwlu_phases import PwluPhases
 from coe_dist.training.saving import PendingSave, mark_best
 from coe_dist.training.saving import start as start_save
 from coe_dist.training.step import MicroBatch, StepSums
@@ -96,6 +97,7 @@ class Loop:
         self.steps_per_epoch = -(-data.loader("train").steps_per_epoch // accumulation)
         self.total_steps = self.steps_per_epoch * config.training.epochs
         self.warmup_steps = round(self.steps_per_epoch * config.training.optimizer.warmup_epochs)
+        self.pwlu = PwluPhases(task.engines(), task.averages, config.training.pwlu_statistics_epochs)
         self.stop = StopRequest(Path(job.run_dir))
         self.pending: PendingSave | None = None
         self.stalled = 0.0  # seconds that training has waited for the pending save
@@ -124,6 +126,8 @@ class Loop:
         )
         step, first = position.step, position.step_in_epoch
         for epoch in range(position.epoch, self.config.training.epochs):
+            if self.pwlu.begin_epoch(epoch):
+                self._record("pwlu", step, epoch, {}, message="piecewise linear units begin to learn")
             step, complete = self._epoch(epoch, step, first)
             if not complete:
                 self._preempted(step, epoch)
@@ -192,10 +196,12 @@ class Loop:
         try:
             with naming(f"step {step + 1}"):
                 if self.task.step.step(batches, sums, votes):
+                    self.pwlu.end_step(done=True)
                     return votes[0] > 0, votes[1] == self.groups.world.size
             problem = f"a gradient is not finite ({', '.join(sums.skipped) or 'of a network on another rank'})"
         except NonFiniteError as error:
             problem = str(error)
+        self.pwlu.end_step(done=False)
         problem = f"step {step + 1}: {problem}"
         if self.config.training.non_finite == "stop":
             raise TrainingError(

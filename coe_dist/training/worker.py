@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from coe_dist import tracking
-from coe_dist.coe.warm_up import warm_up
+from coe_dist.coe.warm_up import warm_up, warm_up_pwlu
 from coe_dist.config import RunConfig, load_config
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, InputError, TrainingError
@@ -50,6 +50,8 @@ def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> bool:
         torch.use_deterministic_algorithms(True)
     if job.task == "train":
         warm_up()  # now, while no other rank waits for this one in a collective
+    if job.task != "evaluate" and config.uses_pwlu and device.type == "cpu":
+        warm_up_pwlu()
     _join_process_group(config, device)
     groups = create_groups(config.experts.count, timeout_seconds=config.training.timeout_seconds)
     builder = NetworkBuilder(config, read_sidecar(Path(config.data.folder) / "train.beton"))

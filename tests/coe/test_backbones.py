@@ -11,7 +11,7 @@ from torch import nn
 
 from coe_dist.coe.backbones import Normalise, Resize, build_classifier, build_delegator, classifier_with_macs
 from coe_dist.coe.macs import count_macs
-from coe_dist.coe.pwlu import realign, statistics, units
+from coe_dist.coe.pwlu import realign, take_sums, track, units
 from coe_dist.parallel.batchnorm import split_batchnorm
 from coe_dist.parallel.groups import Group
 
@@ -214,7 +214,8 @@ def test_pwlu_in_place_of_activations(
     assert all(unit.channels is None for unit in found) == (mode == "layer")
     batch = images(4, channels, side)
     learned(batch)
-    realign(learned, statistics(learned))
+    track(learned, take_sums(learned))
+    realign(learned)
     learned(batch).sum().backward()
     assert all(parameter.grad is not None for parameter in learned.parameters())
     split = split_batchnorm(copy.deepcopy(learned), "local", ALONE)  # it wraps timm's BatchNorm with activation

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from coe_dist.coe import pwlu_kernels
-from coe_dist.coe.pwlu import PWLU, realign, set_statistics, statistics, units
+from coe_dist.coe.pwlu import PWLU, realign, take_sums, track, tracking, units
 
 torch.set_num_threads(1)
 
@@ -40,7 +40,8 @@ def _function(x: torch.Tensor, unit: PWLU, c: int) -> torch.Tensor:
 def learned(channels: int | None, intervals: int = 16, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PWLU:
     generator = torch.Generator().manual_seed(seed)
     unit = PWLU(channels, intervals)
-    realign(unit, torch.tensor([[1.0], [0.2], [0.7]], dtype=torch.float64).expand(3, channels or 1))
+    track(unit, torch.tensor([[1.0], [0.2], [0.7]], dtype=torch.float64).expand(3, channels or 1))
+    realign(unit)
     with torch.no_grad():
         for parameter in unit.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -149,7 +150,7 @@ def test_torch_compile_without_graph_breaks(phase: str) -> None:
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     if phase == "first":
         torch.testing.assert_close(compiled(x), unit(x))
-        torch.testing.assert_close(statistics(twin), statistics(unit))
+        torch.testing.assert_close(take_sums(twin), take_sums(unit))
         return
     for mine, right in zip(gradients(twin, x, g, compiled), gradients(unit, x, g, unit), strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
@@ -199,40 +200,69 @@ def test_bounds_that_have_crossed_divide_by_no_zero(dtype: torch.dtype) -> None:
 # the two phases
 
 
-def test_the_first_phase_is_relu_with_parameters_at_rest() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_first_phase_is_relu_with_parameters_at_rest(dtype: torch.dtype) -> None:
     unit = PWLU(3)
-    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    x = torch.randn(4, 3, 5, 5, dtype=dtype, requires_grad=True)
+    x.data[0, 0, 0, 0] = 0.0
+    twin = x.detach().clone().requires_grad_()
+    g = torch.randn(4, 3, 5, 5).to(dtype)
     out = unit(x)
-    assert torch.equal(out, F.relu(x))
-    out.sum().backward()
-    assert all(parameter.grad is None for parameter in unit.parameters())
-    assert torch.equal(PWLU(None)(x[:0]), x[:0])
+    assert torch.equal(out, F.relu(twin))
+    out.backward(g)
+    F.relu(twin).backward(g)
+    assert torch.equal(x.grad, twin.grad)
+    for parameter in unit.parameters():  # reached, so that all replicas of a network reduce the same gradients
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    empty = unit(x[:0])
+    assert empty.shape == (0, 3, 5, 5)
+    empty.sum().backward()
 
 
 @pytest.mark.parametrize("channels", [3, None])
 def test_running_statistics(channels: int | None) -> None:
+    """They move once for all that has been seen since the last time, and not at all for nothing."""
     unit = PWLU(channels)
-    batches = [torch.randn(4, 3, 5, 5) * scale + scale for scale in (1.0, 2.0, 3.0)]
+    steps = [[torch.randn(4, 3, 5, 5) * scale + scale, torch.randn(2, 3, 5, 5)] for scale in (1.0, 2.0, 3.0)]
     mean, std = torch.zeros(channels or 1), torch.zeros(channels or 1)
-    for step, batch in enumerate(batches):
-        flat = batch.transpose(0, 1).reshape(channels or 1, -1)
+    for step, batches in enumerate(steps):
+        flat = torch.cat(batches).transpose(0, 1).reshape(channels or 1, -1)
         weight = 1.0 if step == 0 else 0.1
         mean = (1 - weight) * mean + weight * flat.mean(1)
         std = (1 - weight) * std + weight * flat.std(1, correction=0)
-        unit(batch)
-    unit.eval()(100 + batches[0])  # evaluation and empty batches leave no trace
-    unit.train()(batches[0][:0])
+        for batch in batches:
+            unit(batch)
+        track(unit, take_sums(unit))
+        unit.eval()(100 + batches[0])  # evaluation and empty batches leave no trace
+        unit.train()(batches[0][:0])
+        sums = take_sums(unit)
+        assert not sums.any()
+        track(unit, sums)
     torch.testing.assert_close(unit.running_mean, mean)
     torch.testing.assert_close(unit.running_std, std)
-    assert int(unit.seen) == 3 * (100 if channels else 300)
+    assert int(unit.seen) == 3 * 6 * 25 * (1 if channels else 3)
+
+
+def test_statistics_far_from_zero() -> None:
+    """A mean a thousand times the deviation costs the deviation no more than float32 costs the mean."""
+    unit = PWLU(2)
+    x = 1000 + torch.randn(64, 2, 8, 8)
+    for rows in x.split(16):
+        unit(rows)
+    track(unit, take_sums(unit))
+    exact = x.double().transpose(0, 1).reshape(2, -1).std(1, correction=0)
+    torch.testing.assert_close(unit.running_std.double(), exact, rtol=1e-4, atol=0)
 
 
 def test_realignment() -> None:
     network = nn.Sequential(PWLU(2), nn.Flatten(), PWLU(None))
+    assert tracking(network)
     for _ in range(2):
         network(torch.randn(6, 2, 3, 3) * 2 + 1)
+        track(network, take_sums(network))
     tracked = [(unit.running_mean.clone(), unit.running_std.clone()) for unit in units(network)]
-    realign(network, statistics(network))
+    realign(network)
+    assert not tracking(network)
     for unit, (mean, std) in zip(units(network), tracked, strict=True):
         torch.testing.assert_close(unit.left, mean - 3 * std)
         torch.testing.assert_close(unit.right, mean + 3 * std)
@@ -244,49 +274,44 @@ def test_realignment() -> None:
     x = torch.randn(6, 2, 3, 3) * 2 + 1
     out = network[0](x)
     interval = ((network[0].right - network[0].left) / 16).max()
-    assert (
-        float((out - F.relu(x)).detach().abs().max()) <= float(interval.detach()) / 4 + 1e-6
-        # off only in the interval with the kink
-    )
+    # off only in the interval with the kink
+    assert float((out - F.relu(x)).detach().abs().max()) <= float(interval.detach()) / 4 + 1e-6
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in network[0].parameters())
+    with torch.no_grad():
+        network[0].values += 1.0
+    before = network[0].values.clone()
+    realign(network)  # a second time changes nothing
+    assert torch.equal(network[0].values, before)
 
 
-def test_statistics_of_ranks_add_up_to_those_of_their_union() -> None:
+def test_sums_of_replicas_add_up_to_those_of_their_union() -> None:
     whole, parts = PWLU(3), [PWLU(3) for _ in range(3)]
     x = torch.randn(12, 3, 4, 4) * 5 - 2
     whole(x)
     for unit, rows in zip(parts, (x[:7], x[7:12], x[:0]), strict=True):
         unit(rows)
-    reduced = torch.stack([statistics(unit) for unit in parts]).sum(0)
-    torch.testing.assert_close(reduced, statistics(whole), rtol=1e-5, atol=1e-3)
+    total = torch.stack([take_sums(unit) for unit in parts]).sum(0)
+    own = take_sums(whole)
+    torch.testing.assert_close(total, own, rtol=1e-6, atol=1e-3)
+    for unit, sums in ((whole, own), *((unit, total) for unit in parts)):
+        track(unit, sums)
+        realign(unit)
     for unit in parts:
-        realign(unit, reduced)
-        assert torch.equal(unit.left, parts[0].left)
-    realign(whole, statistics(whole))
+        for name, value in unit.state_dict().items():
+            assert torch.equal(value, parts[0].state_dict()[name])
     torch.testing.assert_close(parts[0].left, whole.left)
     torch.testing.assert_close(parts[0].values, whole.values)
 
 
 def test_a_unit_that_saw_nothing_keeps_its_bounds() -> None:
     unit = PWLU(2)
-    realign(unit, statistics(unit))
+    track(unit, take_sums(unit))
+    realign(unit)
     assert unit.learned
     assert unit.left.tolist() == [-3.0, -3.0]
     x = torch.randn(5, 2)
     torch.testing.assert_close(unit(x), F.relu(x))  # a point of the grid is at zero
-
-
-def test_what_one_rank_saves_stands_for_all() -> None:
-    parts = [PWLU(2) for _ in range(2)]
-    for unit, rows in zip(parts, (9, 3), strict=True):
-        unit(torch.randn(rows, 2) + rows)
-    reduced = statistics(parts[0]) + statistics(parts[1])
-    for unit in parts:
-        set_statistics(unit, reduced, ranks=2)
-    assert torch.equal(parts[0].running_mean, parts[1].running_mean)
-    torch.testing.assert_close(statistics(parts[0]) + statistics(parts[1]), reduced, rtol=1e-5, atol=1e-4)
-    assert not parts[0].learned
 
 
 def test_the_phase_travels_with_the_state() -> None:
@@ -312,5 +337,5 @@ def test_refused() -> None:
             PWLU(3, intervals)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^x: 4 channels are not allowed"):
         learned(3)(torch.randn(2, 4, 3, 3))
-    with pytest.raises(ValueError, match=r"^reduced: \(3, 2\) is not allowed; .* need \(3, 3\)"):
-        realign(PWLU(3), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"^sums: \(3, 2\) is not allowed; .* need \(3, 3\)"):
+        track(PWLU(3), torch.zeros(3, 2))
