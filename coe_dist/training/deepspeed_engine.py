@@ -6,6 +6,11 @@ averaged over the ranks of another. So every engine has an mpu of its own, and t
 that may communicate. Clipping in fp32 at stage 0 averages per-rank norms (DeepSpeed#8475), so we clip there ourselves;
 the ZeRO stages clip on the true norm.
 
+At stage 2 an engine reduces gradients while they come, in buckets filled by the order in which they come. That order is
+not the same on all ranks: one without images has no backward pass through the network, and an empty batch takes other
+operations. A rank would add one parameter's gradient to another's, without an error. So gradients are computed first
+and then given to DeepSpeed in the parameters' order.
+
 A collaboration has many small networks, so what DeepSpeed does per network and step counts. Left out where nothing
 needs it: averaging a lone rank's gradients with itself (0.25 ms per network and step on one CPU core), walking the
 module tree for the list of parameters (0.04 ms), timers and the hooks that start them (0.02 ms), dividing the loss by
@@ -28,6 +33,7 @@ from coe_dist.errors import InputError
 from coe_dist.parallel.groups import Group
 from coe_dist.training.engines import (
     State,
+    autocast,
     clip_gradients,
     fill_gradients,
     forget_state,
@@ -38,6 +44,7 @@ from coe_dist.training.engines import (
     total_norm,
     zero_loss,
 )
+from coe_dist.training.in_order import in_order
 
 
 def prepare_deepspeed() -> Any:
@@ -125,7 +132,7 @@ class DeepSpeedEngine:
             )
         self.name, self.network, self.group, self.stage = name, network, group, config.zero_stage
         self.grad_norm = 0.0
-        self.clip_norm = config.clip_norm
+        self.clip_norm, self._precision = config.clip_norm, config.precision
         self._groups = deepspeed_groups
         self._mpu = NetworkGroups(group.handle or alone, group.ranks, alone)
         settings = {
@@ -145,6 +152,8 @@ class DeepSpeedEngine:
         )
         assert self.engine.dp_world_size == group.size, "DeepSpeed took another group's size"
         self._parameters = [parameter for _, parameter in named_trainable(network)]
+        self._device = self._parameters[0].device
+        self._in_order = self.stage == 2 and group.handle is not None
         if self.stage == 0 and group.handle is None:
             self.engine.enable_backward_allreduce = False  # nothing to average
         # they start and stop timers and profilers that are off (and cast for fp16 and ZeRO 3, which are not offered)
@@ -156,13 +165,19 @@ class DeepSpeedEngine:
 
     def __call__(self, images: torch.Tensor) -> Any:
         self._activate()
+        if self._in_order:  # DeepSpeed would take the pass that computes the gradients for one that reduces them
+            with autocast(self._precision, self._device):
+                return self.network(images)
         return self.engine(images)
 
     def backward(self, loss: torch.Tensor | None, *, last: bool) -> None:
         self._activate()
         self.engine.set_gradient_accumulation_boundary(last)
+        loss = zero_loss(self.network) if loss is None else loss
+        if self._in_order:
+            loss = in_order(loss, self._parameters)
         with self.group.naming_failures("gradient reduction"):
-            self.engine.backward(zero_loss(self.network) if loss is None else loss, scale_wrt_gas=False)
+            self.engine.backward(loss, scale_wrt_gas=False)
         if last and self.stage == 0:
             fill_gradients(self._parameters)
 

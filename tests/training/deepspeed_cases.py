@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from reference import Case, batch_of
 from torch import nn
 from training.checkpoint_cases import engines_of, train
 
+from coe_dist.coe.backbones import build_classifier
 from coe_dist.config import OptimizerConfig, TrainingConfig
 from coe_dist.data.order import share
-from coe_dist.parallel.groups import Groups, create_groups
+from coe_dist.parallel.batchnorm import split_batchnorm
+from coe_dist.parallel.groups import Group, Groups, create_groups
 from coe_dist.training.deepspeed_engine import DeepSpeedEngine, NetworkGroups, prepare_deepspeed
 from coe_dist.training.engines import build_engine
 from coe_dist.training.optim import build_optimizer
@@ -68,6 +71,50 @@ def unguarded(case: Case, groups: Groups, expected: Any, *, last: str, alone: bo
         deepspeed_groups.mpu = engine._mpu
         train(case, groups, step, 0, case.steps)
         return largest_error(step, expected)
+
+
+def rows_on_one_rank(groups: Groups) -> dict[str, float]:
+    """Largest error of a replicated network's parameters after steps in which only one of the ranks has images, by
+    stage, BatchNorm mode, images and that rank; against plain torch on these images alone. `unguarded`: at stage 2,
+    with gradients reduced in the order in which they come."""
+    result = {}
+    for batchnorm, images, rank in product(("local", "group"), (6, 1), (0, 1)):
+        plain = TrainingConfig(engine="torch")
+        alone = Group("alone", (groups.rank,), None)
+        expected = _trained(groups, alone, plain, images, rank=groups.rank)
+        for name in (*STAGES, "unguarded"):
+            stage = 2 if name == "unguarded" else name
+            training = TrainingConfig(zero_stage=stage, batchnorm=batchnorm)  # type: ignore[arg-type]
+            found = _trained(groups, groups.world, training, images, rank=rank, guarded=name != "unguarded")
+            result[f"{name} {batchnorm} {images} {rank}"] = max(
+                float((found[key] - value).abs().max() / value.abs().max()) for key, value in expected.items()
+            )
+    return result
+
+
+def _trained(
+    groups: Groups, group: Group, training: TrainingConfig, images: int, *, rank: int, guarded: bool = True
+) -> dict[str, Any]:
+    settings = OptimizerConfig(learning_rate=0.05)
+    network = build_classifier(
+        "small_cnn", {"width": 0.2}, channels=1, classes=10, mean=[0.3], std=[0.3], seed=0
+    ).train()
+    split_batchnorm(network, training.batchnorm, group)
+    engine = build_engine("one", network, build_optimizer(network, settings, 0.05), training, group, groups.alone)
+    if not guarded:
+        engine._in_order = False  # type: ignore[attr-defined]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randint(0, 256, (images, 1, 12, 12), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, 10, (images,), generator=generator)
+        rows = slice(0, images if groups.rank == rank else 0)
+        loss = None
+        if groups.rank == rank or training.batchnorm == "group":
+            summed = nn.functional.cross_entropy(engine(batch[rows]), labels[rows], reduction="sum")
+            loss = summed * (group.size / images)
+        engine.backward(loss, last=True)
+        assert engine.step()
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
 
 class UsedHalf(nn.Module):
@@ -197,6 +244,7 @@ def run(folder: Path) -> None:
         "compatible": deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"],
         "trap": trap(folder, groups),
         "unreached": unreached(groups),
+        "rows on one rank": rows_on_one_rank(groups),
         "clipped": clipped(groups),
         "bf16": bf16(groups),
     }

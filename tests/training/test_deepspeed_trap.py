@@ -54,6 +54,21 @@ def test_at_stage_0_the_engine_built_last_decides_for_all_of_them(results: Resul
         assert error > 1e-2, "DeepSpeed does it right now: `_activate` may go"
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_replica_without_images_leaves_the_gradients_as_they_are(results: Results, stage: int) -> None:
+    for rank in range(2):
+        errors = {name: error for name, error in results[rank]["rows on one rank"].items() if name[0] == str(stage)}
+        assert len(errors) == 8
+        assert not {name: error for name, error in errors.items() if not error <= 1e-5}
+
+
+def test_at_stage_2_gradients_are_mixed_up_when_a_replica_has_no_images(results: Results) -> None:
+    for rank in range(2):
+        for case in ("local 6 0", "local 6 1", "local 1 0", "local 1 1"):
+            error = results[rank]["rows on one rank"][f"unguarded {case}"]
+            assert error > 1e-2, "DeepSpeed does it right now: `in_order` may go"
+
+
 def test_a_lone_rank_averages_with_nobody(results: Results) -> None:
     """Even with the delegator's groups as the global, the experts stay themselves."""
     for rank in range(2):
