@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from coe_dist.config import RunConfig, parse_config
 from coe_dist.errors import InputError
@@ -102,7 +103,7 @@ def inspect_run(run_dir: Path, checkpoint: str = LATEST) -> dict[str, Any]:
     would go on from, or null), networks, loads_from, scaled (see coe_dist.training.scaling; null), ema (decay and
     updates of the weights' moving averages; null), warnings. Each network: name, sha256 (of its weights' file as it is
     on the disk; null when there is none), bytes, load (fraction of images; null when not recorded), weights, optimizer
-    and average ("ok", or what is wrong with the file; average: null without moving averages).
+    and average ("ok", or what is wrong with the file; average: null without moving averages), pwlu (see _pwlu).
     Raises InputError when there is no such save, or none with a readable manifest.
     """
     folder, warnings = run_dir / "checkpoints", []
@@ -149,7 +150,14 @@ def show_inspection(result: dict[str, Any]) -> None:
 
     console = Console(soft_wrap=True)
     table = Table(title=f"{result['run']}: {result['checkpoint']}, step {result['step']}, epoch {result['epoch']}")
-    averages = ["average"] if result["ema"] else []
+    averages = [
+        column
+        for column, shown in (
+            ("average", result["ema"]),
+            ("pwlu", any(network["pwlu"] for network in result["networks"])),
+        )
+        if shown
+    ]
     for heading in ("network", "sha256", "bytes", "chosen for", "weights", "optimizer", *averages):
         table.add_column(heading, justify="right" if heading in ("bytes", "chosen for") else "left")
     for network in result["networks"]:
@@ -202,7 +210,19 @@ def _network(save: Path, files: dict[str, str], name: str, averaged: bool) -> di
         "weights": _state(save, files, weights),
         "optimizer": _state(save, files, optimizer),
         "average": _state(save, files, average) if averaged else None,
+        "pwlu": _pwlu(path),
     }
+
+
+def _pwlu(path: Path) -> str | None:
+    """The phase of a network's piecewise linear units, "statistics" or "learned" (see coe/pwlu.py); None where it has
+    none, or the file cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            flags = [bool(file.get_tensor(name)) for name in file.keys() if name.endswith(".realigned")]  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return None if not flags else "learned" if all(flags) else "statistics"
 
 
 def _state(save: Path, files: dict[str, str], name: str) -> str:

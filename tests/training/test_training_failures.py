@@ -165,11 +165,11 @@ def test_a_single_image_and_experts_without_any(kind: str, batchnorm: str) -> No
 def test_networks_that_cannot_run_on_no_image_are_named_before_training(small_data: Path, tmp_path: Path) -> None:
     info = SplitInfo.model_validate_json((small_data / "train.json").read_text())
 
-    def builder(workers: int, batchnorm: str, network: str) -> NetworkBuilder:
+    def builder(workers: int, batchnorm: str, network: str, **options: int) -> NetworkBuilder:
         content = small_config(
             small_data,
             tmp_path,
-            experts={"count": 2, "network": network, "options": {}},
+            experts={"count": 2, "network": network, "options": options},
             training={"batchnorm": batchnorm},
             workers={"count": workers},
         )
@@ -178,6 +178,9 @@ def test_networks_that_cannot_run_on_no_image_are_named_before_training(small_da
     conditional = "timm/efficientnet_cc_b0_4e"
     with pytest.raises(InputError, match=r"^training.batchnorm: group is not allowed with experts.network: timm/eff"):
         check_empty_batches(builder(3, "group", conditional))
+    with pytest.raises(InputError, match=r"^training.batchnorm: group .* experts.network: small_cnn, .* empty batch"):
+        check_empty_batches(builder(3, "group", "small_cnn", condconv=2))
+    check_empty_batches(builder(3, "local", "small_cnn", condconv=2))
     for workers, batchnorm, network in (
         (2, "group", conditional),
         (3, "local", conditional),
