@@ -119,8 +119,10 @@ def _graph(
         while cause.__cause__ is not None:  # torch's own message is advice for its developers
             cause = cause.__cause__
         reason = re.sub(r"\x1b\[\d*m", "", f"{type(cause).__name__}: {cause}".splitlines()[0])[:200]
+        section = getattr(config, field)
+        options = f" with {section.options}" if section.options else ""
         raise InputError(
-            f"{field}.network: {getattr(config, field).network!r} cannot be exported to ONNX ({reason})"
+            f"{field}.network: {section.network!r}{options} cannot be exported to ONNX ({reason})"
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -144,7 +146,9 @@ def _write(graph: Any, network: nn.Module, images_NCHW: torch.Tensor, path: Path
             weight.CopyFrom(numpy_helper.from_array(state[weight.name].contiguous().numpy(), weight.name))
     content = graph.SerializeToString()
     path.write_bytes(content)
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; its warnings tell of optimisations that it leaves out
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     with torch.no_grad():
         answers = network(images_NCHW)
     for wanted, found in zip(

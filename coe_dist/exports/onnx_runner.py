@@ -58,6 +58,7 @@ class OnnxCollaboration:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / MANIFEST}: not a manifest of `coe-dist export onnx` ({error!r})") from error
         options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; its warnings tell of optimisations that it leaves out
         if threads is not None:
             options.intra_op_num_threads = threads
         self._delegator, *self._experts = [_session(folder, *file, options) for file in files]

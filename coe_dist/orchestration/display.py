@@ -15,9 +15,8 @@ def show_evaluation(result: dict[str, Any], run_dir: Path) -> None:
     from coe_dist.training.thresholds import threshold_of
 
     console, top1 = Console(), result["top1"]
-    threshold = "nobody exits early" if result["threshold"] is None else f"threshold {result['threshold']:.4f}"
-    networks = Networks(result["step"], result["weights"])
-    table = Table(title=f"{run_dir}: {result['split']} split, {result['images']:,} images, {networks}, {threshold}")
+    networks, threshold = Networks(result["step"], result["weights"]), threshold_of(result)
+    table = Table(title=f"{run_dir}: {result['split']} split, {result['images']:,} images")
     table.add_column("system")
     table.add_column("top-1", justify="right")
     table.add_column("average MACs (the paper's FLOPs)", justify="right")
@@ -32,9 +31,11 @@ def show_evaluation(result: dict[str, Any], run_dir: Path) -> None:
             f"{macs['experts'][expert]:,}",
         )
     console.print(table)
-    console.print(f"early exit: {percent(result['exit_rate'])} of the images")
-    for doubt in threshold_of(result).doubts(networks):
-        console.print(doubt)
+    rule = "no threshold is set" if threshold.value is None else f"from confidence {threshold.value:.4f} on"
+    console.print(f"early exit: {percent(result['exit_rate'])} of the images, {rule}")
+    console.print(f"networks: {networks}")
+    for doubt in threshold.doubts(networks):
+        console.print(doubt, soft_wrap=True)
     if not result["stored"]:
         console.print("a question: nothing of it is kept with the run")
 

@@ -92,12 +92,13 @@ def show_predictions(result: dict[str, Any]) -> None:
     console = Console(soft_wrap=True)
     if result["csv"] is None:
         table = Table()
-        for heading in columns(result["top"]):
-            table.add_column(heading, justify="left" if heading.startswith(("file", "class")) else "right")
+        others = ["then"] if result["top"] > 1 else []  # one column, for a terminal is narrow
+        for heading in (*columns(1), *others):
+            table.add_column(heading, justify="left" if heading in ("file", "class", "then") else "right")
         for row in result["predictions"]:
-            further = [cell for other in row["top"][1:] for cell in (other["class"], f"{other['probability']:.4f}")]
+            then = ", ".join(f"{other['class']} {other['probability']:.4f}" for other in row["top"][1:])
             line = [row["file"], row["class"], f"{row['probability']:.4f}", str(row["expert"]), f"{row['macs']:,}"]
-            table.add_row(*(Text(printable(cell), overflow="fold") for cell in (*line, *further)))
+            table.add_row(*(Text(printable(cell), overflow="fold") for cell in (*line, then)[: len(table.columns)]))
         console.print(table)
     console.print(
         f"{result['images']:,} images, early exit: {100 * result['exit_rate']:.2f}% of them, "

@@ -26,6 +26,7 @@ from trained_run import CLASSES, images_of, small_run
 
 from coe_dist import cli
 from coe_dist.coe.early_exit import probabilities
+from coe_dist.coe.pwlu import realign, units
 from coe_dist.errors import InputError
 from coe_dist.exports import onnx_runner
 from coe_dist.exports.onnx_graphs import convert, export_onnx
@@ -109,11 +110,13 @@ def test_average_of_float64_networks(tmp_path: Path) -> None:
     assert set(answer.expert_N.tolist()) == {0, 1, 2}
 
 
-def colour_weights(folder: Path, delegator: str, experts: str) -> Path:
-    """Networks of libraries with random weights, two experts, 3x48x48."""
+def colour_weights(
+    folder: Path, delegator: str, experts: str, options: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+) -> Path:
+    """Networks with random weights, two experts, 3x48x48; the options are those of the delegator and of the experts."""
     content: dict[str, Any] = {
-        "delegator": {"network": delegator},
-        "experts": {"network": experts},
+        "delegator": {"network": delegator, "options": options[0]},
+        "experts": {"network": experts, "options": options[1]},
         "count": 2,
         "channels": 3,
         "classes": list(CLASSES),
@@ -135,9 +138,11 @@ def colour_weights(folder: Path, delegator: str, experts: str) -> Path:
         [("delegator", "delegator"), ("expert-0000", "expert"), ("expert-0001", "expert")]
     ):
         network = built.build(kind)
+        realign(network)
         generator = torch.Generator().manual_seed(seed)
         for weight in network.parameters():
-            weight.data += 0.1 * weight.std(correction=0).data * torch.randn(weight.shape, generator=generator)
+            scale = 0.1 * weight.std(correction=0).data if weight.numel() > 1 else 0.1
+            weight.data += scale * torch.randn(weight.shape, generator=generator)
         path = folder / f"{name}.safetensors"
         save_file(network.state_dict(), path)
         file = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
@@ -155,7 +160,25 @@ def colour_weights(folder: Path, delegator: str, experts: str) -> Path:
 )
 def test_networks_of_the_libraries(delegator: str, experts: str, tmp_path: Path) -> None:
     """In colour; the experts share one trace and keep their own weights."""
-    weights = colour_weights(tmp_path / "weights", delegator, experts)
+    check_conversion(colour_weights(tmp_path / "weights", delegator, experts), tmp_path)
+
+
+def test_learned_activations_and_sizes_of_their_own(tmp_path: Path) -> None:
+    """Piecewise linear units in their second phase, by channel and by layer; each network resizes the images inside."""
+    options = (
+        {"width": 0.2, "activation": "pwlu", "pwlu_mode": "layer", "resolution": 20},
+        {"width": 0.2, "activation": "pwlu", "resolution": 32},
+    )
+    weights = colour_weights(tmp_path / "weights", "small_cnn", "small_cnn", options)
+    learned = [
+        unit.learned for expert in CollaborationOfExperts.from_pretrained(weights).experts for unit in units(expert)
+    ]
+    assert learned
+    assert all(learned)
+    check_conversion(weights, tmp_path)
+
+
+def check_conversion(weights: Path, tmp_path: Path) -> None:
     convert(weights, tmp_path / "graphs")
     model = CollaborationOfExperts.from_pretrained(weights)
     images_NCHW = torch.randint(0, 256, (9, 3, 48, 48), dtype=torch.uint8)
@@ -168,13 +191,14 @@ def test_networks_of_the_libraries(delegator: str, experts: str, tmp_path: Path)
         np.testing.assert_allclose(found_NC, wanted_NC, atol=1e-4)
 
 
-@pytest.mark.full
 def test_a_network_that_onnx_cannot_express_is_named(tmp_path: Path) -> None:
     """CondConv makes groups of as many kernels as there are images; ONNX fixes the number of groups."""
-    weights = colour_weights(tmp_path / "weights", "timm/test_efficientnet", "timm/efficientnet_cc_b0_4e")
+    options = ({"width": 0.2}, {"width": 0.2, "condconv": 2})
+    weights = colour_weights(tmp_path / "weights", "small_cnn", "small_cnn", options)
     with pytest.raises(InputError) as caught:
         convert(weights, tmp_path / "graphs")
-    assert str(caught.value).startswith("experts.network: 'timm/efficientnet_cc_b0_4e' cannot be exported to ONNX (")
+    named = "experts.network: 'small_cnn' with {'width': 0.2, 'condconv': 2} cannot be exported to ONNX ("
+    assert str(caught.value).startswith(named)
     assert str(caught.value).isprintable()
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
