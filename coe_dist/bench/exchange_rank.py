@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from coe_dist.allocator import keep_freed_memory
 from coe_dist.bench.exchange_peers import DeepSpeedExchange
 from coe_dist.bench.exchange_work import CLASSES, OurExchange, PlainExpert, SentBytes, Way, Work
 from coe_dist.bench.ranks import alternate, serve, summary
 from coe_dist.bench.record import Record
 from coe_dist.parallel.groups import create_groups
-from coe_dist.training.engines import keep_freed_memory
 
 TOLERANCE = 1e-4  # of losses and gradients, relative to the largest value of the tensor
 

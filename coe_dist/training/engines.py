@@ -10,9 +10,7 @@ Two kinds behind one interface: DeepSpeed (ZeRO stages 0, 1, 2) and plain torch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,12 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from coe_dist.allocator import keep_freed_memory
 from coe_dist.parallel.groups import Group
 
 if TYPE_CHECKING:
     from coe_dist.config import TrainingConfig
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers, in malloc.h
 
 State = dict[str, dict[str, torch.Tensor]]  # parameter name -> optimizer entry -> tensor
 
@@ -71,20 +68,6 @@ def build_engine(
     from coe_dist.training.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(name, network, optimizer, config, group, alone)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc's allocator to keep freed memory for the next step; elsewhere nothing happens.
-
-    By default it gives the activations of a step back to the system, and the next step gets them page by page: 24,000
-    page faults a step, a quarter of its time, for two small experts with 1024 images each on one rank.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is None:
-        return
-    set_option(_TRIM_THRESHOLD, 2**31 - 1)
-    for threshold in (2**25, 2**30):  # a glibc before 2.35 refuses more than the first and keeps it
-        set_option(_MMAP_THRESHOLD, threshold)
 
 
 def zero_loss(network: nn.Module) -> torch.Tensor:

@@ -1,9 +1,6 @@
-"""The torch engine's norm, its optimizers and its memory, each against the plain way."""
+"""The torch engine's norm and its optimizers, each against the plain way."""
 
 from __future__ import annotations
-
-import platform
-import resource
 
 import pytest
 import torch
@@ -11,7 +8,7 @@ from torch import nn
 
 from coe_dist.config import OptimizerConfig, TrainingConfig
 from coe_dist.parallel.groups import Group
-from coe_dist.training.engines import TorchEngine, keep_freed_memory, total_norm
+from coe_dist.training.engines import TorchEngine, total_norm
 from coe_dist.training.optim import build_optimizer
 
 
@@ -74,17 +71,3 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     for old, new in zip(before, engine.network.parameters(), strict=True):
         assert torch.equal(old, new)
         assert new.grad is None
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
-def test_freed_memory_is_reused_without_page_faults() -> None:
-    keep_freed_memory()
-
-    def faults_of_a_step() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        activations = [torch.ones(2**20) for _ in range(40)]  # 4 MiB each, 40,960 pages in all
-        del activations
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    # a block may still find no hole at first; without the setting every step has them all
-    assert min(faults_of_a_step() for _ in range(5)) < 1000
