@@ -93,10 +93,13 @@ class CollaborationOfExperts(collaboration.CollaborationOfExperts):
     resolution: int  # side in pixels of the images that it was trained on
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | Path, *, precision: str = "weights") -> Self:
         """Loads what `coe-dist export weights` wrote, on the CPU and in eval mode.
 
-        Raises InputError naming the file, and the tensor, that is missing, not expected, damaged or of another shape.
+        precision, and the methods `fused` and `compiled`, which make it faster: see coe_dist.coe.collaboration.
+
+        Raises InputError naming the file, and the tensor, that is missing, not expected, damaged or of another shape;
+        ValueError for another precision.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -110,6 +113,7 @@ class CollaborationOfExperts(collaboration.CollaborationOfExperts):
             final=config.final,
             delegator_macs=config.delegator_macs,
             expert_macs=config.expert_macs,
+            precision=precision,
         )
         model.classes, model.channels, model.resolution = tuple(config.classes), config.channels, config.resolution
         return model.eval()

@@ -109,6 +109,19 @@ def test_a_plain_process_gives_the_same_predictions(exported: tuple[Path, Path],
         assert torch.equal(mine, theirs)
 
 
+def test_faster_forms_of_a_loaded_model_know_their_classes(exported: tuple[Path, Path]) -> None:
+    model = CollaborationOfExperts.from_pretrained(exported[1])
+    fused = model.fused()
+    assert (fused.classes, fused.channels, fused.resolution) == (model.classes, model.channels, model.resolution)
+    images = images_of(100)
+    torch.testing.assert_close(fused(images).probabilities_NC, model(images).probabilities_NC, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="images: float32"):
+        fused(images.float())
+    coarse = CollaborationOfExperts.from_pretrained(exported[1], precision="bf16")(images)
+    assert coarse.probabilities_NC.dtype == torch.float32
+    assert (coarse.probabilities_NC.argmax(1) == model(images).probabilities_NC.argmax(1)).double().mean() > 0.9
+
+
 def test_float64_and_average_survive(tmp_path: Path) -> None:
     training = {"epochs": 2, "global_batch": 32, "engine": "torch", "precision": "fp64"}
     run = small_run(tmp_path, 4, training=training, early_exit={"final": "average", "threshold": 0.5})

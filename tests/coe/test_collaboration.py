@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 from coe_dist.coe.backbones import build_classifier, build_delegator
 from coe_dist.coe.collaboration import Answer, CollaborationOfExperts
+from coe_dist.coe.packing import PackedConvolution
 
 torch.set_num_threads(1)  # many tiny operations: on a busy machine threads only wait for each other
 SHAPE: dict[str, Any] = {"channels": 1, "classes": 4, "mean": [0.5], "std": [0.2]}
@@ -156,3 +159,110 @@ def test_parts_that_do_not_fit() -> None:
         CollaborationOfExperts(delegator, experts, **given, expert_macs=[1] * 2)
     with pytest.raises(ValueError, match=r"^experts: 2 "):
         CollaborationOfExperts(delegator, experts[:2], **given, expert_macs=[1] * 2).eval()(images(2))
+    with pytest.raises(ValueError, match=r"^precision: 'fp16' is not allowed; give one of weights, bf16$"):
+        CollaborationOfExperts(delegator, experts, **given, expert_macs=[1] * 3, precision="fp16")
+
+
+def plain(experts: int, threshold: float | None) -> CollaborationOfExperts:
+    """float32, without the counters, which torch.fx and torch.compile cannot look through."""
+    collaboration = model(experts, threshold)
+    collaboration.delegator = collaboration.delegator.network
+    collaboration.experts = nn.ModuleList([expert.network for expert in collaboration.experts])
+    return collaboration.float()
+
+
+@torch.no_grad()
+def clear_cases(collaboration: CollaborationOfExperts, batch: torch.Tensor) -> torch.Tensor:
+    """bool [N]: decisions that rounding may not turn, in float64."""
+    exact = copy.deepcopy(collaboration.delegator).double()
+    logits_NC, selection_NE = exact(batch)
+    best_N2 = selection_NE.topk(2).values
+    distance_N = (logits_NC.softmax(1).amax(1) - collaboration.threshold).abs()
+    return (best_N2[:, 0] - best_N2[:, 1] > 1e-4) & (distance_N > 1e-4)
+
+
+FORMS: dict[str, Callable[[CollaborationOfExperts], CollaborationOfExperts]] = {
+    "as it is": lambda collaboration: collaboration,
+    "fused": lambda collaboration: collaboration.fused(),
+    "packed": lambda collaboration: collaboration.packed(images(10)),
+}
+
+
+@pytest.fixture(scope="module")
+def one_by_one() -> tuple[CollaborationOfExperts, torch.Tensor, Answer]:
+    collaboration = plain(4, 0.6)
+    single = (collaboration(image) for image in images(600).split(1))
+    answer = Answer(*(torch.cat(parts) for parts in zip(*single, strict=True)))
+    assert len(set(answer.expert_N.tolist())) >= 4
+    return collaboration, images(600), answer
+
+
+@pytest.mark.parametrize("threads", [1, 2])  # with two, experts of large batches run side by side
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_size_and_order_do_not_matter_in_float32(
+    form: str, threads: int, one_by_one: Any, record_property: Any
+) -> None:
+    collaboration, batch, expected = one_by_one
+    exempt = ~clear_cases(collaboration, batch)
+    record_property("exempt_samples", int(exempt.sum()))
+    print(f"exempt: {int(exempt.sum())} of {len(batch)}")
+    assert exempt.sum() <= 12
+    fast = FORMS[form](collaboration)
+    torch.set_num_threads(threads)
+    try:
+        for size in (1, 2, 7, 64, 600) if threads == 1 else (64, 600):
+            order = torch.randperm(600, generator=torch.Generator().manual_seed(size))
+            answers = [fast(batch[rows]) for rows in order.split(size)]
+            answer = Answer(*(torch.cat(parts)[order.argsort()] for parts in zip(*answers, strict=True)))
+            for mine, single in zip(answer, expected, strict=True):
+                torch.testing.assert_close(mine[~exempt], single[~exempt], rtol=0, atol=1e-5)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_packed_packs_every_convolution_and_answers_in_bf16_with_the_plain_weights() -> None:
+    collaboration = plain(3, 0.6)
+    packed = collaboration.packed(images(10))
+    convolutions = [layer for layer in packed.modules() if isinstance(layer, nn.Conv2d)]
+    assert convolutions
+    assert all(isinstance(layer, PackedConvolution) for layer in convolutions)
+    fused = collaboration.fused()
+    packed.precision = fused.precision = "bf16"
+    for mine, theirs in zip(packed(images(50)), fused(images(50)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_fused_is_a_copy_without_batchnorm() -> None:
+    collaboration = plain(3, 0.6).double()
+    before = {name: tensor.clone() for name, tensor in collaboration.state_dict().items()}
+    fused = collaboration.fused()
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fused.modules())
+    assert any(isinstance(layer, nn.BatchNorm2d) for layer in collaboration.modules())
+    for mine, theirs in zip(fused(images(50)), collaboration(images(50)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(collaboration.state_dict()[name], tensor) for name, tensor in before.items())
+    fused.float()
+    assert next(collaboration.parameters()).dtype == torch.float64
+
+
+def test_compiled_and_bf16_agree_with_the_networks() -> None:
+    """bf16 rounds the logits: a rate of agreement, not equality."""
+    collaboration = plain(3, 0.6)
+    batch = images(200)
+    clear = clear_cases(collaboration, batch)
+    expected = collaboration(batch)
+    compiled = collaboration.compiled()
+    packed_first = collaboration.packed(batch[:10]).compiled()
+    for fast, rows in ((compiled, batch[:1]), (compiled, batch[:40]), (compiled, batch), (packed_first, batch)):
+        answer = fast(rows)
+        for mine, theirs in zip(answer, expected, strict=True):
+            few = clear[: len(rows)]
+            torch.testing.assert_close(mine[few], theirs[: len(rows)][few], rtol=0, atol=1e-5)
+    assert {id(tensor) for tensor in compiled.parameters()} == {id(tensor) for tensor in collaboration.parameters()}
+    collaboration.precision = "bf16"
+    coarse = collaboration(batch)
+    assert coarse.probabilities_NC.dtype == torch.float32
+    assert not torch.equal(coarse.probabilities_NC, expected.probabilities_NC)
+    agreement = float((coarse.probabilities_NC.argmax(1) == expected.probabilities_NC.argmax(1)).double().mean())
+    print(f"bf16 agrees in {agreement:.1%}")
+    assert agreement > 0.9
