@@ -354,7 +354,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: coe-dist bench router --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="router, exchange, step or pwlu")],
+    name: Annotated[str, typer.Argument(help="router, exchange, step, pwlu or inference")],
     as_json: AsJson = False,
     quick: Annotated[bool, typer.Option(help="Only the smallest case, to see that it works.")] = False,
 ) -> None:

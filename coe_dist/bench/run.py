@@ -10,7 +10,7 @@ from rich.table import Table
 
 from coe_dist.errors import InputError
 
-BENCHES = ("router", "exchange", "step", "pwlu")
+BENCHES = ("router", "exchange", "step", "pwlu", "inference")
 
 
 def run_bench(name: str, *, quick: bool = False) -> dict[str, Any]:
