@@ -55,6 +55,7 @@ class DataConfig(Section):
     folder: str = "data/fashion-mnist"  # holds train.beton, validation.beton, test.beton and their .json side-cars
     resolution: Annotated[int, Field(ge=8, le=1024)] = 28  # side in pixels of the square that reaches the networks
     augmentation: AugmentationConfig = AugmentationConfig()
+    loader: Literal["ffcv", "torchvision"] = "ffcv"  # torchvision: slower, reads the same files without FFCV
     loader_threads: Annotated[int, Field(ge=1, le=256)] = 1
     limit: Annotated[int, Field(ge=1)] | None = None  # use only the first so many images of each split (tests)
 

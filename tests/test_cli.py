@@ -17,9 +17,10 @@ from small_data import IMAGES, small_config, write_config, write_small
 from coe_dist.cli import app, data_app, export_app
 from coe_dist.config import load_config, parse_config
 from coe_dist.data.sidecar import SPLITS, read_sidecar, write_sidecar
+from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
 from coe_dist.orchestration.runs import evaluate, train
-from coe_dist.training.checks import check_labels, check_run, stored_labels
+from coe_dist.training.checks import check_labels, check_run
 from coe_dist.training.run_folder import prepare_folder
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def damage(kind: str, folder: Path) -> None:
     elif kind == "negative label":
         relabel(folder, "train", 0, -1)
     elif kind == "other label":
-        labels = stored_labels(folder / "train.beton")
+        labels = StoredImages(folder / "train.beton").labels_N
         relabel(folder, "train", 5, (int(labels[5]) + 1) % 10)
     elif kind == "classes":
         info = read_sidecar(folder / "validation.beton")
@@ -247,7 +248,7 @@ def test_labels_are_read_as_ffcv_reads_them(small_data: Path, tmp_path: Path) ->
 
     for split in SPLITS:
         beton = small_data / f"{split}.beton"
-        labels = stored_labels(beton)
+        labels = StoredImages(beton).labels_N
         np.testing.assert_array_equal(labels, Reader(str(beton)).metadata["f1"])
         assert len(labels) == IMAGES
         check_labels(beton, read_sidecar(beton))
@@ -256,4 +257,4 @@ def test_labels_are_read_as_ffcv_reads_them(small_data: Path, tmp_path: Path) ->
     content[25:30] = b"photo"
     other.write_bytes(content)
     with pytest.raises(InputError, match="its fields are not image and label"):
-        stored_labels(other)
+        StoredImages(other)

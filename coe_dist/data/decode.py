@@ -1,9 +1,8 @@
 """The pipeline of an FFCV loader: sample ids -> augmented uint8 images [B,C,H,W] (FFCV hands its operations the ids).
 
-1. Images stored raw at the loader's resolution are read in place from the memory-mapped file. All others are decoded,
-   cropped (centre or random) and resized by FFCV's C code into a scratch buffer.
-2. One compiled kernel lays every image into its slot: shift with zero fill, mirror, channels first.
-Both steps run in parallel over parts of the batch; the parameters come from augment.py.
+Images stored raw at the loader's resolution are laid into their slots straight from the memory-mapped file: shifted
+with zero fill, mirrored, channels first. All others are decoded where they are JPEGs, and cropped, resized and laid by
+resample.py in one pass. The parts of a batch run in parallel; the parameters come from augment.py.
 """
 
 from __future__ import annotations
@@ -15,12 +14,18 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
-from coe_dist.data.augment import Augmentation, augmentation_key, centre_crops, placements, random_crops
-from coe_dist.data.ffcv_binding import JPEG_MODE, AllocationQuery, Operation, imdecode, resize_crop
-
-Bytes = npt.NDArray[np.uint8]
+from coe_dist.data.augment import (
+    Augmentation,
+    Placement,
+    augmentation_key,
+    centre_crops,
+    placements,
+    random_crops,
+)
+from coe_dist.data.ffcv_binding import AllocationQuery, Operation, imdecode
+from coe_dist.data.resample import resample
+from coe_dist.data.stored import JPEG_MODE, Bytes
 
 
 class FailureSlot:
@@ -99,42 +104,50 @@ class ImageDecoder(Operation):  # type: ignore[misc]
         key = augmentation_key(self._seed, self.epoch)
         records_B = metadata[ids_B]
         mapped = np.asarray(storage_state[0])
-        if self._crop or (records_B["mode"] == JPEG_MODE).any():
-            pixels = self._resized(ids_B, key, records_B, mapped, storage_state)
-            starts_B = np.arange(len(ids_B), dtype=np.int64) * (3 * self._resolution**2)
-        else:
-            pixels, starts_B = mapped, records_B["data_ptr"].astype(np.int64)
         place = placements(self._augmentation, key, ids_B)
-        _lay(pixels, starts_B, place.down_B, place.right_B, place.flip_B, out_BCHW)
+        if self._crop or (records_B["mode"] == JPEG_MODE).any():
+            crops_B4 = self._crops(ids_B, key, records_B)
+            self._resample(ids_B, records_B, mapped, storage_state, crops_B4, place, out_BCHW)
+        else:
+            _lay(mapped, records_B["data_ptr"].astype(np.int64), place.down_B, place.right_B, place.flip_B, out_BCHW)
 
-    def _resized(self, ids_B: Any, key: int, records_B: Any, mapped: Bytes, storage_state: Any) -> Bytes:
-        """Flat uint8 of B images [resolution, resolution, 3]."""
+    def _crops(self, ids_B: Any, key: int, records_B: Any) -> Any:
+        """[B,4] of (top, left, height, width)."""
         heights_B, widths_B = records_B["height"].astype(np.int64), records_B["width"].astype(np.int64)
         if self._random_crop:
-            crops_B4 = random_crops(key, ids_B, heights_B, widths_B)
-        elif self._crop:
-            crops_B4 = centre_crops(heights_B, widths_B)
-        else:
-            crops_B4 = np.stack([heights_B * 0, widths_B * 0, heights_B, widths_B], axis=1)
+            return random_crops(key, ids_B, heights_B, widths_B)
+        if self._crop:
+            return centre_crops(heights_B, widths_B)
+        return np.stack([heights_B * 0, widths_B * 0, heights_B, widths_B], axis=1)
+
+    def _resample(
+        self,
+        ids_B: Any,
+        records_B: Any,
+        mapped: Bytes,
+        storage_state: Any,
+        crops_B4: Any,
+        place: Placement,
+        out_BCHW: Bytes,
+    ) -> None:
         _, places, sizes = storage_state
-        starts_B = records_B["data_ptr"]
-        lengths_B = sizes[np.searchsorted(places, starts_B)].astype(np.int64)
-        scratch = np.empty((len(ids_B), self._resolution, self._resolution, 3), np.uint8)
+        starts_B = records_B["data_ptr"].astype(np.int64)
+        lengths_B = sizes[np.searchsorted(places, records_B["data_ptr"])].astype(np.int64)
+        areas_B = records_B["height"].astype(np.int64) * records_B["width"]
+        decoded = np.empty(3 * int(areas_B.max(initial=0)), np.uint8)  # one buffer: fresh memory costs page faults
         for i in range(len(ids_B)):
-            height, width = int(heights_B[i]), int(widths_B[i])
+            height, width = int(records_B["height"][i]), int(records_B["width"][i])
             stored = mapped[int(starts_B[i]) : int(starts_B[i]) + int(lengths_B[i])]
             if records_B["mode"][i] == JPEG_MODE:
-                image_HWC = np.empty((height, width, 3), np.uint8)
-                if imdecode(stored, image_HWC, height, width, height, width, 0, 0, 1, 1, False, False):
+                pixels = decoded[: 3 * height * width]
+                if imdecode(stored, pixels, height, width, height, width, 0, 0, 1, 1, False, False):
                     raise ValueError(f"image {ids_B[i]}: its stored JPEG is damaged")
             else:
-                image_HWC = stored.reshape(height, width, 3)
+                pixels = stored
             top, left, crop_height, crop_width = (int(value) for value in crops_B4[i])
-            if (crop_height, crop_width) == scratch.shape[1:3]:
-                scratch[i] = image_HWC[top : top + crop_height, left : left + crop_width]
-            else:
-                resize_crop(image_HWC, top, top + crop_height, left, left + crop_width, scratch[i])
-        return scratch.reshape(-1)
+            down, right, mirrored = int(place.down_B[i]), int(place.right_B[i]), bool(place.flip_B[i])
+            image_HW3 = pixels.reshape(height, width, 3)
+            resample(image_HW3, top, left, crop_height, crop_width, down, right, mirrored, out_BCHW[i])
 
 
 class LabelDecoder(Operation):  # type: ignore[misc]

@@ -13,7 +13,7 @@ import torch
 
 _threads = torch.get_num_threads()
 from ffcv.fields import IntField, RGBImageField  # noqa: E402
-from ffcv.libffcv import imdecode, resize_crop  # noqa: E402
+from ffcv.libffcv import imdecode  # noqa: E402
 from ffcv.loader import Loader  # noqa: E402
 from ffcv.memory_allocator import MemoryAllocator  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
@@ -36,12 +36,10 @@ __all__ = [
     "RGBImageField",
     "TraversalOrder",
     "imdecode",
-    "resize_crop",
     "worker_job_indexed_dataset",
 ]
 
 FIELDS = ("image", "label")  # in the order in which every .beton of ours stores them
-JPEG_MODE = 0  # FFCV's mark of an image stored as JPEG; 1 is raw
 
 
 def _note_threads(cls: Any, count: int) -> None:

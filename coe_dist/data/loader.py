@@ -1,38 +1,22 @@
-"""FFCV loaders that give every sample exactly once, for any number of ranks, from any step on.
-
-The unit is the global batch: batch t of an epoch is order[t*G:(t+1)*G], and each rank reads a contiguous share of it,
-so that the ranks' batches in rank order are the global batch. One FFCV loader serves all epochs.
-"""
+"""The FFCV loader: reads a .beton in a thread, decodes by decode.py. One FFCV loader serves all epochs."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from coe_dist.data.augment import Augmentation
+from coe_dist.data.batches import Batch, SplitReader
 from coe_dist.data.decode import FailureSlot, IdDecoder, ImageDecoder, LabelDecoder
 from coe_dist.data.ffcv_binding import FIELDS, Loader, PipelineSpec, TraversalOrder
-from coe_dist.data.order import epoch_order, rank_batches, share
-from coe_dist.data.sidecar import SplitInfo, read_sidecar
 from coe_dist.errors import InputError, TrainingError
 
 POLL_SECONDS = 0.5
-
-
-class Batch(NamedTuple):
-    """B rows of this rank, in memory of their own; ids are positions in the .beton."""
-
-    images_BCHW: torch.Tensor  # uint8, contiguous, not normalised
-    labels_B: torch.Tensor  # int64
-    ids_B: torch.Tensor  # int64
 
 
 class _GivenOrder(TraversalOrder):  # type: ignore[misc]
@@ -48,71 +32,26 @@ class _GivenOrder(TraversalOrder):  # type: ignore[misc]
         return self.ids
 
 
-class SplitLoader:
-    """One rank's reader of one split.
+class SplitLoader(SplitReader):
+    """See SplitReader; `threads` are decoding threads of this process."""
 
-    train: shuffled by (seed, epoch) and augmented; else file order, no augmentation. `resolution`: side in pixels of
-    the images given; images stored at another size are cropped to the centre (224/256 of the shorter side) and resized,
-    or cropped at random under `augmentation.random_resized_crop`. `threads` decode (at most the cores this process may
-    use). `limit` uses the first so many images of the file. Raises InputError for a damaged file or labels outside the
-    classes. Not for use from several threads; one epoch at a time.
-    """
-
-    def __init__(
-        self,
-        beton: Path,
-        *,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        resolution: int,
-        seed: int,
-        train: bool,
-        augmentation: Augmentation | None,
-        threads: int = 1,
-        limit: int | None = None,
-    ) -> None:
-        if global_batch < 1 or resolution < 1 or (limit is not None and limit < 1):
-            raise ValueError(f"{global_batch=}, {resolution=}, {limit=}: each must be at least 1")
-        self.beton = Path(beton)
-        self.info: SplitInfo = read_sidecar(self.beton)
-        self.count = self.info.count if limit is None else min(limit, self.info.count)
-        self.steps_per_epoch = -(-self.count // global_batch)
-        self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
-        self._seed, self._train = seed, train
-        self._empty = Batch(
-            torch.zeros((0, self.info.channels, resolution, resolution), dtype=torch.uint8),
-            torch.zeros(0, dtype=torch.int64),
-            torch.zeros(0, dtype=torch.int64),
-        )
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._failures = FailureSlot()
         self._decoder = ImageDecoder(
             self._failures,
             channels=self.info.channels,
             stored_shape=self.info.shape,
-            resolution=resolution,
-            seed=seed,
-            augmentation=augmentation if train else None,
-            threads=max(1, min(threads, len(os.sched_getaffinity(0)))),
+            resolution=self.resolution,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            threads=self.threads,
         )
         self._order = _GivenOrder(np.arange(self.count, dtype=np.int64))
-        start, stop = share(global_batch, rank, world_size)
-        self._loader = self._build(batch_size=max(1, stop - start))
+        self._loader = self._build(batch_size=self.largest_batch)
         self._reading: Any = None  # FFCV's iterator, a thread
 
-    def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches of one epoch from a global step on: steps_per_epoch - start_step of them on every rank,
-        some possibly with zero rows. Starting an epoch ends the one before. Raises TrainingError when reading fails."""
-        if not 0 <= start_step <= self.steps_per_epoch or epoch < 0:
-            raise ValueError(
-                f"{epoch=}, {start_step=}; need epoch >= 0 and start_step from 0 to {self.steps_per_epoch}"
-            )
-        order_N = epoch_order(self.count, self._seed, epoch, shuffle=self._train)
-        batches = rank_batches(order_N, self._global_batch, self._rank, self._world_size, start_step)
-        return self._read(epoch, batches)
-
     def close(self) -> None:
-        """Ends the reading thread and the decoding threads."""
         self._stop()
         self._decoder.close()
 
@@ -126,7 +65,7 @@ class SplitLoader:
             for ids_B in batches:
                 if self._reading is not reading:
                     raise RuntimeError(f"{self.beton}: epoch {epoch} was ended by the start of another one")
-                batch = self._next(reading) if len(ids_B) else self._empty
+                batch = self._next(reading) if len(ids_B) else self.empty
                 assert np.array_equal(batch.ids_B.numpy(), ids_B), "FFCV gave other samples than asked for"
                 yield batch
         finally:
@@ -169,7 +108,7 @@ class SplitLoader:
             os_cache=True,
             order=self._order,
             drop_last=False,
-            seed=self._seed,
+            seed=self.seed,
             pipelines={
                 "image": PipelineSpec("image", decoder=self._decoder),
                 "label": PipelineSpec("label", decoder=LabelDecoder()),
@@ -178,9 +117,5 @@ class SplitLoader:
         )
         if tuple(loader.reader.field_names) != FIELDS:
             raise InputError(f"{self.beton}: its fields are {loader.reader.field_names}, not {list(FIELDS)}")
-        labels_N = loader.reader.metadata["f1"]
-        classes = len(self.info.classes)
-        if labels_N.min() < 0 or labels_N.max() >= classes:
-            bad = int(labels_N.min() if labels_N.min() < 0 else labels_N.max())
-            raise InputError(f"{self.beton}: label {bad} is outside the {classes} classes of its side-car")
+        self.check_labels(loader.reader.metadata["f1"])
         return loader

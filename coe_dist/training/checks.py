@@ -6,21 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from coe_dist.coe.macs import exit_rate_for_budget
 from coe_dist.config import RunConfig
 from coe_dist.data.sidecar import SPLITS, SplitInfo, read_sidecar
+from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
 from coe_dist.training.networks import NetworkBuilder
-
-# FFCV's layout: a header, one description a field, then one row a sample (of our two fields: image, label).
-# Read by hand, because importing FFCV takes seconds and a refusal should not.
-_HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
-_FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
-_ROW = np.dtype({"names": ["label"], "formats": ["<i8"], "offsets": [16], "itemsize": 24})
-_FIELDS = [(2, b"image"), (1, b"label")]  # FFCV's numbers for an image and an integer
 
 
 def check_run(config: RunConfig) -> NetworkBuilder:
@@ -66,20 +59,9 @@ def check_empty_batches(builder: NetworkBuilder) -> None:
             ) from error
 
 
-def stored_labels(beton: Path) -> npt.NDArray[np.int64]:
-    """The label of every image of a .beton, int64 [images]. Raises InputError for a file with other fields."""
-    header = np.fromfile(beton, _HEADER, count=1)[0]
-    fields = np.fromfile(beton, _FIELD, count=int(header["fields"]), offset=_HEADER.itemsize)
-    if fields[["type", "name"]].tolist() != _FIELDS:
-        raise InputError(f"{beton}: its fields are not image and label; `coe-dist data write` makes such a file")
-    rows = np.fromfile(beton, _ROW, count=int(header["samples"]), offset=_HEADER.itemsize + fields.nbytes)
-    labels_N: npt.NDArray[np.int64] = rows["label"].astype(np.int64)
-    return labels_N
-
-
 def check_labels(beton: Path, info: SplitInfo) -> None:
     """Every label must be one of the classes of the side-car, and as often as it says."""
-    labels_N, classes = stored_labels(beton), len(info.classes)
+    labels_N, classes = StoredImages(beton).labels_N, len(info.classes)
     outside = (labels_N < 0) | (labels_N >= classes)
     if outside.any():
         position = int(outside.argmax())

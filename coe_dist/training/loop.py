@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from coe_dist.config import RunConfig
-from coe_dist.data.loader import SplitLoader
+from coe_dist.data.batches import SplitReader
+from coe_dist.data.loaders import open_loader
 from coe_dist.errors import TrainingError
 from coe_dist.parallel.groups import Groups
 from coe_dist.parallel.router import NonFiniteError
@@ -32,12 +33,13 @@ class Data:
 
     def __init__(self, config: RunConfig, groups: Groups, device: torch.device) -> None:
         self.config, self.groups, self.device = config, groups, device
-        self._loaders: dict[str, SplitLoader] = {}
+        self._loaders: dict[str, SplitReader] = {}
 
-    def loader(self, split: str) -> SplitLoader:
+    def loader(self, split: str) -> SplitReader:
         if split not in self._loaders:
             data = self.config.data
-            self._loaders[split] = SplitLoader(
+            self._loaders[split] = open_loader(
+                data.loader,
                 Path(data.folder) / f"{split}.beton",
                 global_batch=self.config.micro_batch,
                 rank=self.groups.rank,

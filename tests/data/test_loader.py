@@ -10,11 +10,12 @@ import torch
 
 from coe_dist.config import AugmentationConfig
 from coe_dist.data.augment import augmentation_key, placements
+from coe_dist.data.batches import Batch
 from coe_dist.data.beton import write_dataset
 from coe_dist.data.decode import LabelDecoder
 from coe_dist.data.fashion_mnist import open_fashion_mnist
 from coe_dist.data.imagefolder import open_imagefolder
-from coe_dist.data.loader import Batch, SplitLoader
+from coe_dist.data.loader import SplitLoader
 from coe_dist.data.order import epoch_order
 from coe_dist.errors import InputError, TrainingError
 
