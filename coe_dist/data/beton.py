@@ -1,185 +1,174 @@
-"""Writing a data set: three .beton files, each with its side-car, whole or not at all."""
+"""Writing a data set: the three .beton files of a whole one, or a single file from one folder."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from coe_dist.data.sidecar import SPLITS, SplitInfo, WriteOptions, read_sidecar, sha256_of, sidecar_path, write_sidecar
+from coe_dist.data.samples import quarantine_path
+from coe_dist.data.sidecar import SPLITS, SplitInfo, WriteOptions, read_sidecar
 from coe_dist.data.sources import SOURCES, Source, open_source
+from coe_dist.data.write_split import write_split
+from coe_dist.data.writing import Writing
 from coe_dist.errors import InputError
 
+_SPLIT_OF = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
-def write_dataset(
+
+def write(
     source: str,
     out: Path,
     *,
+    folder: Path | None = None,
     root: Path | None = None,
-    max_resolution: int | None = None,
-    jpeg_fraction: float = 0.0,
-    jpeg_quality: int = 90,
-    workers: int = 1,
-    max_bad: int | None = None,
-    limit: int | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
+    split: str | None = None,
+    train_file: Path | None = None,
+    workers: int | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Writes train, validation and test of `fashion-mnist` or of an `imagefolder` tree to out/SPLIT.beton.
+    """write_file when `folder` is given, else write_dataset; on all usable cores unless `workers` says otherwise.
 
-    max_resolution: longest side in pixels; jpeg_fraction: share of the images stored as JPEG, the others raw; workers:
-    processes; max_bad: unreadable images tolerated over all splits (none: any number; all are listed in the side-car);
-    limit: first so many images of each split. A split that is already there, complete and written with the same options
-    is kept. A file appears under its name when it is complete, its side-car after it.
-
-    Returns {"folder", "splits": {split: {"status": "written" | "already there", "count", "bytes", "quarantined",
-    "seconds"}}, "warnings": [...], "seconds"}. Raises InputError for bad arguments, sources and existing files;
-    WriterError when writing fails.
+    Raises InputError for an argument that the chosen one does not take, and what it raises.
     """
-    options = WriteOptions(
-        max_resolution=max_resolution, jpeg_fraction=jpeg_fraction, jpeg_quality=jpeg_quality, limit=limit
+    settings["workers"] = len(os.sched_getaffinity(0)) if workers is None else workers
+    if folder is None:
+        for field, value in (("split", split), ("train_file", train_file)):
+            if value is not None:
+                raise InputError(f"{field}: {value} is not allowed without a folder to write one file from")
+        if Path(out).suffix == ".beton":
+            raise InputError(f"out: {out} is not allowed for a whole data set; give a folder, or name one to read")
+        return write_dataset(source, out, root=root, **settings)
+    if source != "imagefolder":
+        raise InputError(f"source: {source} is not allowed with a folder to write one file from; give imagefolder")
+    if root is not None:
+        raise InputError(f"root: {root} is not allowed, the folder {folder} is given too; give only one of them")
+    return write_file(folder, out, split=split, train_file=train_file, **settings)
+
+
+def write_dataset(source: str, out: Path, *, root: Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Writes train, validation and test of `fashion-mnist` or of an `imagefolder` tree to out/SPLIT.beton; `settings`
+    are Writing's.
+
+    Returns {"splits": {split: {"file", "status": "written" | "already there", "count", "bytes", "quarantined" (number),
+    "quarantine" (its list, or None), "seconds"}}, "warnings": [...], "seconds"}. Raises InputError for bad arguments,
+    sources and existing files; WriterError when writing fails.
+    """
+    writing = Writing(**settings)
+    if source not in SOURCES:
+        raise InputError(f"source: {source!r} is not allowed; give {' or '.join(SOURCES)}")
+    writing.check()
+    betons = {split: Path(out) / f"{split}.beton" for split in SPLITS}
+    return _write(source, betons, root, writing, lambda: open_source(source, root, writing.opening()), None)
+
+
+def write_file(
+    folder: Path, beton: Path, *, split: str | None = None, train_file: Path | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Writes one folder of images as one file. `split` (train, validation or test) is told by the file's name if not
+    given. A file other than train takes its classes and statistics from `train_file`, by default train.beton beside it,
+    and its folder must have the same classes. `settings` are Writing's. Returns and raises as write_dataset does."""
+    from coe_dist.data.imagefolder import open_folder
+
+    writing = Writing(**settings)
+    writing.check()
+    folder, beton = Path(folder), Path(beton)
+    if beton.suffix != ".beton":
+        raise InputError(f"out: {beton} is not allowed for a single folder; give a file that ends in .beton")
+    kind = split or _SPLIT_OF.get(beton.stem)
+    if kind not in SPLITS:
+        given = f"{split!r} is not allowed" if split else f"{beton.name} does not tell it"
+        raise InputError(f"split: {given}; give {', '.join(SPLITS)}")
+    train = None
+    if kind != "train":
+        train_file = train_file or beton.with_name("train.beton")
+        if not train_file.is_file():
+            raise InputError(f"train_file: {train_file} is missing; write it first, a {kind} file takes its classes")
+        train = read_sidecar(train_file)
+    return _write(
+        "imagefolder",
+        {kind: beton},
+        folder,
+        writing,
+        lambda: open_folder(folder, kind, train, writing.opening()),
+        train,
     )
-    _check_arguments(source, options, workers, max_bad)
-    out = Path(out)
-    start = time.perf_counter()
-    present = {} if overwrite else {split: info for split in SPLITS if (info := _existing(out, split, source, options))}
-    report: dict[str, Any] = {"folder": str(out), "splits": {}, "warnings": []}
-    opened: Source | None = None
-    if len(present) < len(SPLITS):
-        opened = open_source(source, root, max_resolution=max_resolution, limit=limit, workers=workers)
-        report["warnings"] = list(opened.warnings)
-        _check_bad(opened, max_bad, out, present)
-    with _only_writer(out) if opened else nullcontext():
-        for split in SPLITS:
-            split_start = time.perf_counter()
-            info = present.get(split)
-            if info is None:
-                assert opened is not None
-                info = _write_split(opened, split, out, options, workers, progress)
-            report["splits"][split] = {
-                "status": "already there" if split in present else "written",
-                "count": info.count,
-                "bytes": info.bytes,
-                "quarantined": len(info.quarantined),
-                "seconds": time.perf_counter() - split_start,
-            }
+
+
+def _write(
+    name: str,
+    betons: Mapping[str, Path],
+    root: Path | None,
+    writing: Writing,
+    open_it: Callable[[], Source],
+    train: SplitInfo | None,
+) -> dict[str, Any]:
+    start, options = time.perf_counter(), writing.options()
+    present = {}
+    if not writing.overwrite:
+        folder = None if root is None else str(root.resolve())
+        present = {
+            split: info for split, beton in betons.items() if (info := _existing(beton, name, options, folder, train))
+        }
+    report: dict[str, Any] = {"splits": {}, "warnings": []}
+    source: Source | None = None
+    if len(present) < len(betons):
+        source = open_it()
+        report["warnings"] = list(source.warnings)
+        _check_source(source, writing.max_bad, betons, present)
+    for split, beton in betons.items():
+        split_start = time.perf_counter()
+        info = present.get(split)
+        if info is None:
+            assert source is not None
+            info = write_split(beton, source, split, options, workers=writing.workers, progress=writing.progress)
+        report["splits"][split] = {
+            "file": str(beton),
+            "status": "already there" if split in present else "written",
+            "count": info.count,
+            "bytes": info.bytes,
+            "quarantined": len(info.quarantined),
+            "quarantine": str(quarantine_path(beton)) if info.quarantined else None,
+            "seconds": time.perf_counter() - split_start,
+        }
     report["seconds"] = time.perf_counter() - start
     return report
 
 
-def _check_arguments(source: str, options: WriteOptions, workers: int, max_bad: int | None) -> None:
-    side = options.max_resolution
-    rules = (
-        ("source", source, source in SOURCES, " or ".join(SOURCES)),
-        ("max_resolution", side, side is None or side >= 8, "8 or more"),
-        ("jpeg_fraction", options.jpeg_fraction, 0 <= options.jpeg_fraction <= 1, "a number from 0 to 1"),
-        ("jpeg_quality", options.jpeg_quality, 1 <= options.jpeg_quality <= 100, "a whole number from 1 to 100"),
-        ("workers", workers, workers >= 1, "a whole number of at least 1"),
-        ("max_bad", max_bad, max_bad is None or max_bad >= 0, "0 or more"),
-        ("limit", options.limit, options.limit is None or options.limit >= 1, "1 or more"),
-    )
-    for field, value, allowed, words in rules:
-        if not allowed:
-            raise InputError(f"{field}: {value!r} is not allowed; give {words}")
-
-
-def _existing(out: Path, split: str, source: str, options: WriteOptions) -> SplitInfo | None:
-    beton = out / f"{split}.beton"
+def _existing(
+    beton: Path, name: str, options: WriteOptions, root: str | None, train: SplitInfo | None
+) -> SplitInfo | None:
     if not beton.exists():
         return None
     try:
         info = read_sidecar(beton)
     except InputError as error:
         raise InputError(f"{error} (nothing was changed)") from error
-    for field, found, wanted in (("source", info.source, source), ("options", info.written, options)):
+    found_root = info.root if root is not None else None  # without a root the source is found by itself
+    for field, found, wanted in (
+        ("source", info.source, name),
+        ("options", info.written, options),
+        ("root", found_root, root if found_root is not None else None),
+    ):
         if found != wanted:
-            raise InputError(f"{beton}: written with {field} {found}, not {wanted}; use --overwrite or another folder")
+            raise InputError(f"{beton}: written with {field} {found}, not {wanted}; use --overwrite or another place")
+    if train is not None and (info.classes, info.mean, info.std) != (train.classes, train.mean, train.std):
+        raise InputError(f"{beton}: its classes and statistics are not those of the training file; use --overwrite")
     return info
 
 
-def _check_bad(source: Source, max_bad: int | None, out: Path, present: dict[str, SplitInfo]) -> None:
+def _check_source(
+    source: Source, max_bad: int | None, betons: Mapping[str, Path], present: Mapping[str, SplitInfo]
+) -> None:
+    for split, images in source.splits.items():
+        if not len(images):
+            raise InputError(f"{source.name}: the {split} split has no readable image")
     for split, info in present.items():
         if info.classes != source.classes:
-            raise InputError(f"{out / split}.beton: its classes differ from those of the source; use --overwrite")
-    bad = [item for split in source.splits.values() for item in split.quarantined]
+            raise InputError(f"{betons[split]}: its classes differ from those of the source; use --overwrite")
+    bad = [item for images in source.splits.values() for item in images.quarantined]
     if max_bad is not None and len(bad) > max_bad:
         first = f"the first is {bad[0].file} ({bad[0].reason})"
         raise InputError(f"max_bad: {max_bad} is less than the {len(bad)} images that cannot be read; {first}")
-
-
-def _write_split(
-    source: Source, name: str, out: Path, options: WriteOptions, workers: int, progress: bool
-) -> SplitInfo:
-    from coe_dist.data.writer import write_beton
-
-    split, beton = source.splits[name], out / f"{name}.beton"
-    temporary = out / f".{name}.beton.partial"
-    try:
-        with _progress_bar(name, len(split), progress) as on_progress:
-            write_beton(
-                temporary,
-                split,
-                jpeg_fraction=options.jpeg_fraction,
-                jpeg_quality=options.jpeg_quality,
-                workers=min(workers, len(split)),
-                on_progress=on_progress,
-            )
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        info = SplitInfo(
-            source=source.name,
-            split=name,
-            classes=source.classes,
-            count=len(split),
-            counts_per_class=tuple(np.bincount(split.labels_N, minlength=len(source.classes)).tolist()),
-            channels=3 if source.channels == 3 else 1,
-            shape=split.shape,
-            mean=source.mean,
-            std=source.std,
-            quarantined=tuple(split.quarantined),
-            written=options,
-            bytes=temporary.stat().st_size,
-            sha256=sha256_of(temporary),
-        )
-        sidecar_path(beton).unlink(missing_ok=True)  # a crash between the two lines below must not leave a false pair
-        temporary.replace(beton)
-        write_sidecar(beton, info)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return info
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Two writers in one folder would mix their pages."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".write.lock").open("w")
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{out}: another process is writing here") from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-
-
-@contextmanager
-def _progress_bar(name: str, total: int, shown: bool) -> Iterator[Callable[[int], None] | None]:
-    if not shown:
-        yield None
-        return
-    from rich.progress import MofNCompleteColumn, Progress
-
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
-        task = bar.add_task(f"{name}.beton", total=total)
-        yield lambda done: bar.update(task, completed=done)

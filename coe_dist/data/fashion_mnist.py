@@ -34,8 +34,12 @@ Labels = npt.NDArray[np.int64]
 class ArraySplit:
     """Grayscale images in memory, handed out as RGB: FFCV stores three channels, side-car and loader know it is one."""
 
-    def __init__(self, images_NHW: Images, labels_N: Labels) -> None:
+    def __init__(
+        self, images_NHW: Images, labels_N: Labels, file: str = "", places_N: Sequence[int] | None = None
+    ) -> None:
+        """Image i is number places_N[i] of `file` (number i without places)."""
         self.images_NHW, self.labels_N = images_NHW, labels_N
+        self._file, self._places_N = file, places_N
         self.quarantined: Sequence[Quarantined] = ()
 
     @property
@@ -51,6 +55,9 @@ class ArraySplit:
 
     def __getitem__(self, index: int) -> tuple[Images, int]:
         return np.repeat(self.images_NHW[index][:, :, None], 3, axis=2), int(self.labels_N[index])
+
+    def file_of(self, index: int) -> str:
+        return f"{self._file}, image {index if self._places_N is None else self._places_N[index]}"
 
 
 def open_fashion_mnist(root: Path | None, *, max_resolution: int | None = None, limit: int | None = None) -> Source:
@@ -70,16 +77,16 @@ def open_fashion_mnist(root: Path | None, *, max_resolution: int | None = None, 
     shuffled = permutation(len(labels_N), derive_seed(0, "fashion-mnist", "validation"))
     validation, train = np.sort(shuffled[:VALIDATION])[:limit], np.sort(shuffled[VALIDATION:])[:limit]
     splits = {
-        "train": ArraySplit(images_NHW[train], labels_N[train]),
-        "validation": ArraySplit(images_NHW[validation], labels_N[validation]),
-        "test": ArraySplit(test_NHW[:limit], test_N[:limit]),
+        "train": ArraySplit(images_NHW[train], labels_N[train], _TRAIN[0], train.tolist()),
+        "validation": ArraySplit(images_NHW[validation], labels_N[validation], _TRAIN[0], validation.tolist()),
+        "test": ArraySplit(test_NHW[:limit], test_N[:limit], _TEST[0]),
     }
     pixels = splits["train"].images_NHW
     counts = np.bincount(pixels.reshape(-1), minlength=256) / pixels.size
     levels = np.arange(256) / 255
     mean = float(counts @ levels)
     std = float(np.sqrt(counts @ (levels - mean) ** 2))
-    return Source("fashion-mnist", CLASSES, 1, dict(splits), (mean,), (std,))
+    return Source("fashion-mnist", CLASSES, 1, dict(splits), (mean,), (std,), root=str(folder.resolve()))
 
 
 def find_folder(root: Path | None) -> Path:

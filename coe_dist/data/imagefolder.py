@@ -1,10 +1,8 @@
-"""Trees of the form ROOT/train/CLASS/..., ROOT/val/CLASS/..., optionally ROOT/test/CLASS/... (ImageNet's form)."""
+"""Folders of images: a tree of the form ROOT/train/CLASS/..., ROOT/val/CLASS/... (ImageNet's form), or one split."""
 
 from __future__ import annotations
 
-import os
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -14,17 +12,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from coe_dist.data.listing import Labelled, list_other, list_training
 from coe_dist.data.order import permutation
 from coe_dist.data.pixels import Inspection, inspect_file, read_pixels
-from coe_dist.data.sidecar import Quarantined
-from coe_dist.data.sources import Source
+from coe_dist.data.progress import progress_bar
+from coe_dist.data.samples import printable
+from coe_dist.data.sidecar import Quarantined, SplitInfo
+from coe_dist.data.sources import AS_IT_IS, Opening, Source
 from coe_dist.errors import InputError
 from coe_dist.seeds import derive_seed
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
-_NOT_A_CLASS = frozenset({"__MACOSX"})
-
-Labelled = list[tuple[Path, int]]
 
 
 class FileSplit:
@@ -32,11 +28,13 @@ class FileSplit:
 
     def __init__(
         self,
+        root: Path,
         files: Labelled,
         inspections: Sequence[Inspection],
         quarantined: Sequence[Quarantined],
         max_resolution: int | None,
     ) -> None:
+        self._root = root
         self._paths = [path for path, _ in files]
         self.labels_N = np.array([label for _, label in files], np.int64)
         self._sizes = {(found.height, found.width) for found in inspections}
@@ -61,64 +59,104 @@ class FileSplit:
         except Exception as error:
             raise OSError(f"{path}: was readable when it was checked and is not now: {error}") from error
 
+    def file_of(self, index: int) -> str:
+        return printable(self._paths[index].relative_to(self._root))
 
-def open_imagefolder(
-    root: Path, *, max_resolution: int | None = None, limit: int | None = None, workers: int = 1
-) -> Source:
+
+def open_imagefolder(root: Path, opening: Opening = AS_IT_IS) -> Source:
     """Lists and decodes every file once; unreadable ones are quarantined.
 
-    Classes are train's folders sorted by name; the other splits must have the same ones. With ROOT/test, `val` becomes
-    the validation split; without, `val` becomes the test split and validation is cut from train: of each class a tenth,
-    at least 1 and at most 50, none from a class of one image. Each split is stored in a fixed shuffled order, so that
-    its first images are a fair sample (our own rules). Raises InputError naming the folder at fault.
+    Classes are train's folders sorted by name; the other splits must have the same ones, or with `opening.labels` `val`
+    is one folder of images that this file labels. With ROOT/test, `val` becomes the validation split; without, `val`
+    becomes the test split and validation is cut from train: of each class a tenth, at least 1 and at most 50, none from
+    a class of one image. Each split is stored in a fixed shuffled order, so that its first images are a fair sample
+    (our own rules). Raises InputError naming the folder at fault.
     """
     train_folder, val_folder = _folder(root, "train"), _folder(root, "val", "validation")
     test_folder = root / "test" if (root / "test").is_dir() else None
-    train_files = _list_classes(train_folder)
-    if not train_files:
-        raise InputError(f"{train_folder}: no class folders; it needs one folder of images per class")
-    classes = tuple(sorted(train_files))
-    for name in classes:
-        if not train_files[name]:
-            raise InputError(f"{train_folder / name}: no images; a class needs at least one image to train on")
-    warnings: list[str] = []
-    listed = {"train": _label(train_files, classes)}
-    listed["test" if test_folder is None else "validation"] = _other(val_folder, classes, train_folder, warnings)
+    classes, training = list_training(train_folder)
+    other, warnings = list_other(val_folder, classes, str(train_folder), opening.labels, opening.synsets)
+    listed = {"train": training, "test" if test_folder is None else "validation": other}
     if test_folder is not None:
-        listed["test"] = _other(test_folder, classes, train_folder, warnings)
+        listed["test"], more = list_other(test_folder, classes, str(train_folder))
+        warnings += more
     else:
-        listed["train"], listed["validation"] = _cut_validation(listed["train"], root)
-
-    splits, statistics = {}, list[Inspection]()
-    for split, files in listed.items():
-        files = [files[i] for i in permutation(len(files), derive_seed(0, "imagefolder", split))][:limit]
-        found = inspect_files([path for path, _ in files], max_resolution, workers)
-        good = [(file, result) for file, result in zip(files, found, strict=True) if isinstance(result, Inspection)]
-        bad = [
-            Quarantined(file=str(path.relative_to(root)), reason=result)
-            for (path, _), result in zip(files, found, strict=True)
-            if isinstance(result, str)
-        ]
-        splits[split] = FileSplit([file for file, _ in good], [result for _, result in good], bad, max_resolution)
-        if split == "train":
-            statistics = [result for _, result in good]
-            _require_every_class(splits[split].labels_N, classes, train_folder, limit)
-    mean = np.mean([found.mean for found in statistics], axis=0)
-    std = np.sqrt(np.maximum(np.mean([found.square for found in statistics], axis=0) - mean**2, 0.0))
-    ordered = {split: splits[split] for split in ("train", "validation", "test")}
-    return Source("imagefolder", classes, 3, dict(ordered), tuple(mean.tolist()), tuple(std.tolist()), tuple(warnings))
+        listed["train"], listed["validation"] = _cut_validation(training, root)
+    opened = {split: _open_split(root, split, files, opening) for split, files in listed.items()}
+    _require_every_class(opened["train"][0].labels_N, classes, train_folder, opening.limit)
+    mean, std = _statistics(opened["train"][1])
+    splits = {split: opened[split][0] for split in ("train", "validation", "test")}
+    return Source("imagefolder", classes, 3, dict(splits), mean, std, tuple(warnings), str(root.resolve()))
 
 
-def inspect_files(paths: Sequence[Path], max_resolution: int | None, workers: int) -> list[Inspection | str]:
+def open_folder(folder: Path, split: str, train: SplitInfo | None, opening: Opening = AS_IT_IS) -> Source:
+    """One split from one folder. Without `train` the folder's classes and statistics are its own; with it they are
+    those of that training file, and the folder must hold the same classes."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give one with a folder of images per class")
+    warnings: list[str] = []
+    if train is None:
+        if opening.labels is not None:
+            raise InputError(
+                f"labels: {opening.labels} is not allowed for a training file; its classes are the folders"
+            )
+        classes, files = list_training(folder)
+    else:
+        classes, train_folder = train.classes, train.root or "the training file"
+        files, warnings = list_other(folder, classes, train_folder, opening.labels, opening.synsets)
+    images, inspections = _open_split(folder, split, files, opening)
+    if train is None:
+        _require_every_class(images.labels_N, classes, folder, opening.limit)
+    mean, std = _statistics(inspections) if train is None else (train.mean, train.std)
+    return Source("imagefolder", classes, 3, {split: images}, mean, std, tuple(warnings), str(folder.resolve()))
+
+
+def inspect_files(
+    paths: Sequence[Path], max_resolution: int | None, workers: int, *, title: str = "", progress: bool = False
+) -> list[Inspection | str]:
     """inspect_file of all paths, in order, by `workers` processes. InputError when a decoder kills its process."""
     inspect = partial(inspect_file, max_resolution=max_resolution)
-    if workers <= 1 or len(paths) < 64:
-        return [inspect(path) for path in paths]
+    found: list[Inspection | str] = []
     try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-            return list(pool.map(inspect, paths, chunksize=32))
+        with progress_bar(title, len(paths), progress) as on_progress:
+            if workers <= 1 or len(paths) < 64:
+                for path in paths:
+                    found.append(inspect(path))
+                    on_progress(len(found))
+                return found
+            with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+                for result in pool.map(inspect, paths, chunksize=32):
+                    found.append(result)
+                    on_progress(len(found))
+            return found
     except BrokenProcessPool as error:
         raise InputError("imagefolder: a process died while decoding; check the images with workers=1") from error
+
+
+def _open_split(root: Path, split: str, files: Labelled, opening: Opening) -> tuple[FileSplit, list[Inspection]]:
+    files = [files[i] for i in permutation(len(files), derive_seed(0, "imagefolder", split))][: opening.limit]
+    found = inspect_files(
+        [path for path, _ in files],
+        opening.max_resolution,
+        opening.workers,
+        title=f"{split}: checking",
+        progress=opening.progress,
+    )
+    good = [(file, result) for file, result in zip(files, found, strict=True) if isinstance(result, Inspection)]
+    bad = [
+        Quarantined(file=printable(path.relative_to(root)), reason=result)
+        for (path, _), result in zip(files, found, strict=True)
+        if isinstance(result, str)
+    ]
+    inspections = [result for _, result in good]
+    return FileSplit(root, [file for file, _ in good], inspections, bad, opening.max_resolution), inspections
+
+
+def _statistics(inspections: Sequence[Inspection]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, standard deviation) per channel, every image weighing the same."""
+    mean = np.mean([found.mean for found in inspections], axis=0)
+    std = np.sqrt(np.maximum(np.mean([found.square for found in inspections], axis=0) - mean**2, 0.0))
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _folder(root: Path, *names: str) -> Path:
@@ -128,49 +166,6 @@ def _folder(root: Path, *names: str) -> Path:
     raise InputError(
         f"{root / names[0]}: no such folder; an image tree has ROOT/train/CLASS/... and ROOT/val/CLASS/..."
     )
-
-
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name in _NOT_A_CLASS  # also ._x, which macOS leaves on other file systems
-
-
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name (NFC, so that a tree copied from macOS matches) -> its image files, sorted."""
-    found: dict[str, list[Path]] = {}
-    for entry in sorted(folder.iterdir()):
-        if not _ignored(entry.name) and entry.is_dir():
-            found.setdefault(unicodedata.normalize("NFC", entry.name), []).extend(_images(entry))
-    return found
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    visited = set()  # links may form a ring
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not _ignored(name))
-        for name in sorted(files):
-            if not _ignored(name) and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(place) / name
-
-
-def _label(files: dict[str, list[Path]], classes: Sequence[str]) -> Labelled:
-    return [(path, label) for label, name in enumerate(classes) for path in files[name]]
-
-
-def _other(folder: Path, classes: Sequence[str], train_folder: Path, warnings: list[str]) -> Labelled:
-    """Images of a split other than train, labelled by train's classes: another set of folders would shift labels."""
-    files = _list_classes(folder)
-    missing, extra = sorted(set(classes) - set(files)), sorted(set(files) - set(classes))
-    if missing or extra:
-        parts = [f"{word} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-                 for word, names in (("lacks", missing), ("has in addition", extra)) if names]  # fmt: skip
-        raise InputError(f"{folder}: its class folders differ from those of {train_folder}: it {' and '.join(parts)}")
-    warnings.extend(f"{folder / name}: no images" for name in classes if not files[name])
-    return _label(files, classes)
 
 
 def _cut_validation(files: Labelled, root: Path) -> tuple[Labelled, Labelled]:

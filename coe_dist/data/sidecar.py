@@ -23,6 +23,8 @@ class _Record(BaseModel):
 
 
 class Quarantined(_Record):
+    """A file, relative to the source's folder, that could not be read, and why."""
+
     file: str
     reason: str
 
@@ -34,6 +36,7 @@ class WriteOptions(_Record):
     jpeg_fraction: float = 0.0
     jpeg_quality: int = 90
     limit: int | None = None
+    labels: str | None = None  # sha256 of the files that label images lying in one folder
 
 
 class SplitInfo(_Record):
@@ -50,6 +53,7 @@ class SplitInfo(_Record):
     shape: tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    root: str | None = None  # the folder that was read
     quarantined: tuple[Quarantined, ...] = ()
     written: WriteOptions = WriteOptions()
     bytes: int

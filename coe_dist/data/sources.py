@@ -1,4 +1,4 @@
-"""What a data set is before it is written: three labelled splits of RGB images."""
+"""What a data set is before it is written: labelled splits of RGB images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from coe_dist.data.sidecar import SPLITS, Quarantined
+from coe_dist.data.sidecar import Quarantined
 from coe_dist.errors import InputError
 
 SOURCES = ("fashion-mnist", "imagefolder")
@@ -32,11 +32,14 @@ class SourceSplit(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint8], int]: ...
+    def file_of(self, index: int) -> str:
+        """What image `index` is read from, relative to the source's folder, in one line."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """All splits of a data set. `mean` and `std`: per channel in 0..1, over train, every image weighing the same."""
+    """Labelled splits. `mean` and `std`: per channel in 0..1, over train, every image weighing the same; `root`: the
+    folder that is read."""
 
     name: str
     classes: tuple[str, ...]
@@ -45,27 +48,41 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     warnings: tuple[str, ...] = ()
+    root: str | None = None
 
 
-def open_source(
-    name: str, root: Path | None, *, max_resolution: int | None = None, limit: int | None = None, workers: int = 1
-) -> Source:
-    """Finds and checks a data set. `root` is needed for `imagefolder` and optional for `fashion-mnist`.
+@dataclass(frozen=True)
+class Opening:
+    """How a source is read. `limit`: the first so many images of each split; `workers`: processes that check images;
+    `labels`, `synsets`: see labels.py."""
 
-    `limit` keeps the first so many images of each split. Raises InputError for anything missing or inconsistent.
+    max_resolution: int | None = None
+    limit: int | None = None
+    workers: int = 1
+    labels: Path | None = None
+    synsets: Path | None = None
+    progress: bool = False
+
+
+AS_IT_IS = Opening()
+
+
+def open_source(name: str, root: Path | None, opening: Opening = AS_IT_IS) -> Source:
+    """Finds and checks a whole data set. `root` is needed for `imagefolder` and optional for `fashion-mnist`.
+
+    Raises InputError for anything missing or inconsistent.
     """
     from coe_dist.data.fashion_mnist import open_fashion_mnist
     from coe_dist.data.imagefolder import open_imagefolder
 
     if name == "fashion-mnist":
-        source = open_fashion_mnist(root, max_resolution=max_resolution, limit=limit)
+        if opening.labels is not None:
+            raise InputError(f"labels: {opening.labels} is not allowed for fashion-mnist, which has its own")
+        source = open_fashion_mnist(root, max_resolution=opening.max_resolution, limit=opening.limit)
     elif name == "imagefolder":
         if root is None:
             raise InputError("root: missing; the source imagefolder needs the folder that holds train and val")
-        source = open_imagefolder(root, max_resolution=max_resolution, limit=limit, workers=workers)
+        source = open_imagefolder(root, opening)
     else:
         raise InputError(f"source: {name!r} is not allowed; give {' or '.join(SOURCES)}")
-    for split in SPLITS:
-        if not len(source.splits[split]):
-            raise InputError(f"{name}: the {split} split has no readable image")
     return source

@@ -87,7 +87,7 @@ class TorchvisionLoader(SplitReader):
             pixels_HW3 = self._stored.pixels(index)
         except ValueError as error:
             raise ValueError(f"image {index}: {error}") from error
-        image_CHW = torch.from_numpy(np.array(pixels_HW3)).permute(2, 0, 1)[: self.info.channels]
+        image_CHW: torch.Tensor = torch.from_numpy(np.array(pixels_HW3)).permute(2, 0, 1)[: self.info.channels]
         image_CHW = transforms.resized_crop(
             image_CHW, *crop, size=side, interpolation=InterpolationMode.BILINEAR, antialias=True
         )

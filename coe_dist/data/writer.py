@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from coe_dist.data.checksums import CheckedSplit, ChecksummedField
 from coe_dist.data.ffcv_binding import (
     DatasetWriter,
     IntField,
@@ -48,20 +49,24 @@ def write_beton(
     workers: int = 1,
     stall_seconds: float = 600.0,
     on_progress: Callable[[int], None] | None = None,
-) -> None:
+) -> list[int]:
     """Writes all images of a split, in order, to `path`. Which images become JPEG depends on their index alone; with
-    one worker the file is the same byte for byte each time. Raises WriterError; the caller removes an unfinished file.
+    one worker the file is the same byte for byte each time.
+
+    Returns the CRC-32 of every image's stored bytes. Raises WriterError; the caller removes an unfinished file.
     """
     if split.largest * 3 > LARGEST_PAGE:
         raise WriterError(f"{path}: an image of {split.largest} pixels does not fit FFCV's pages; set max_resolution")
     page_size = max(SMALLEST_PAGE, 1 << (split.largest * 3 - 1).bit_length())
     mode = "raw" if jpeg_fraction == 0 else "jpg" if jpeg_fraction == 1 else "proportion"
     image = RGBImageField(write_mode=mode, jpeg_quality=jpeg_quality, compress_probability=jpeg_fraction)
+    checked = ChecksummedField(image, len(split))
     writer = _WatchedWriter(path, {"image": image, "label": IntField()}, page_size, workers, stall_seconds, on_progress)
     try:
-        writer.from_indexed_dataset(split, chunksize=CHUNK)
+        writer.from_indexed_dataset(CheckedSplit(split, checked), chunksize=CHUNK)
     except OSError as error:
         raise WriterError(f"{path}: {error}") from error
+    return list(checked.checksums_N)
 
 
 class _WatchedWriter(DatasetWriter):  # type: ignore[misc]
@@ -156,7 +161,7 @@ class _WatchedWriter(DatasetWriter):  # type: ignore[misc]
 class _Reported:
     """The split as FFCV's worker sees it: failures are told at once, for the worker then waits for its page's turn."""
 
-    def __init__(self, split: SourceSplit, failures: Any) -> None:
+    def __init__(self, split: CheckedSplit, failures: Any) -> None:
         self._split, self._failures = split, failures
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint8], int]:

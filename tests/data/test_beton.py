@@ -25,7 +25,7 @@ def test_sidecars_describe_the_files(fashion: Path) -> None:
         assert info.count == COUNT == sum(info.counts_per_class)
         assert info.sha256 == sha256_of(fashion / f"{split}.beton")
     assert sorted(path.name for path in fashion.iterdir() if not path.name.startswith(".")) == sorted(
-        f"{split}.{kind}" for split in ("train", "validation", "test") for kind in ("beton", "json")
+        f"{split}.{kind}" for split in ("train", "validation", "test") for kind in ("beton", "json", "samples.tsv")
     )
     content = json.loads((fashion / "train.json").read_text())
     assert content["format"] == 1
@@ -160,8 +160,10 @@ def test_a_failed_write_leaves_nothing_that_looks_complete(
     monkeypatch.setattr(beton, "open_source", open_then_lose_a_file)
     with pytest.raises(WriterError, match="was readable when it was checked"):
         write_dataset("imagefolder", out, root=root)
-    names = {path.name for path in out.iterdir() if path.name != ".write.lock"}
-    assert names == {"train.beton", "train.json", "validation.beton", "validation.json"}
+    names = {path.name for path in out.iterdir() if not path.name.endswith(".lock")}
+    assert names == {
+        f"{split}.{kind}" for split in ("train", "validation") for kind in ("beton", "json", "samples.tsv")
+    }
 
 
 def test_damaged_files_are_named(fashion: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from coe_dist.data.imagefolder import open_imagefolder
 from coe_dist.data.pixels import Inspection, inspect_file, read_pixels
+from coe_dist.data.sources import Opening
 from coe_dist.errors import InputError
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -88,7 +89,7 @@ def test_tree_is_split_and_labelled_by_sorted_names(image_tree: Path) -> None:
     assert source.mean == pytest.approx(mean)
     assert source.std == pytest.approx(np.sqrt(second - mean**2))
     assert source.splits["train"].shape is None
-    limited = open_imagefolder(image_tree, limit=8).splits["train"].labels_N
+    limited = open_imagefolder(image_tree, Opening(limit=8)).splits["train"].labels_N
     assert set(limited) == {0, 1}  # the first images are a fair sample, not all of one class
 
 
@@ -125,7 +126,7 @@ def test_clutter_links_and_strange_names(tmp_path: Path) -> None:
 def test_bad_files_are_quarantined_by_name(image_tree: Path, tmp_path: Path) -> None:
     shutil.copytree(image_tree, tmp_path, dirs_exist_ok=True)
     (tmp_path / "train" / "ant" / "bad one.jpg").write_bytes(b"")
-    source = open_imagefolder(tmp_path, workers=2)
+    source = open_imagefolder(tmp_path, Opening(workers=2))
     bad = [item for split in source.splits.values() for item in split.quarantined]
     assert [item.file for item in bad] == ["train/ant/bad one.jpg"]
     assert "UnidentifiedImageError" in bad[0].reason
@@ -136,7 +137,7 @@ def test_workers_give_the_same_source(tmp_path: Path) -> None:
         for name in "ab":
             for i in range(count):
                 save_noise(tmp_path / split / name / f"{i}.png", 8, 8, i)
-    one, two = open_imagefolder(tmp_path), open_imagefolder(tmp_path, workers=2)
+    one, two = open_imagefolder(tmp_path), open_imagefolder(tmp_path, Opening(workers=2))
     assert one.mean == two.mean
     assert np.array_equal(one.splits["train"].labels_N, two.splits["train"].labels_N)
 
