@@ -323,9 +323,10 @@ def data_write(
         str | None, typer.Option(help="With FOLDER: train, validation or test, if the name of --out does not tell.")
     ] = None,
     train_file: Annotated[
-        Path | None, typer.Option(help="With FOLDER: the file that gives the classes [default: train.beton beside it]")
+        Path | None,
+        typer.Option(help="With FOLDER: the file that gives the classes (else train.beton beside it)."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes [default: the cores this process may use]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one for each usable core.")] = None,
     max_bad: Annotated[int | None, typer.Option(help="Fail when more images than this are unreadable.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images of each split.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Write again what is already there.")] = False,

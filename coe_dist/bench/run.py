@@ -10,7 +10,7 @@ from rich.table import Table
 
 from coe_dist.errors import InputError
 
-BENCHES = ("router", "exchange", "step", "pwlu", "inference")
+BENCHES = ("router", "exchange", "step", "pwlu", "inference", "loader")
 
 
 def run_bench(name: str, *, quick: bool = False) -> dict[str, Any]:
@@ -38,7 +38,9 @@ def show(record: dict[str, Any]) -> None:
 
 
 def _ratio(peer: dict[str, Any] | None) -> str:
-    return "" if peer is None or peer.get("ratio") is None else f"{peer['ratio']:.2f}x"
+    if peer is None or peer.get("ratio") is None:
+        return ""
+    return f"{peer['ratio']:.2f}x" + (f" ({peer['cpu_ratio']:.2f}x in CPU time)" if "cpu_ratio" in peer else "")
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ from coe_dist.data.augment import (
     placements,
     random_crops,
 )
-from coe_dist.data.ffcv_binding import AllocationQuery, Operation, imdecode
+from coe_dist.data.ffcv_binding import Operation, imdecode
 from coe_dist.data.resample import resample
 from coe_dist.data.stored import JPEG_MODE, Bytes
 
@@ -74,7 +74,7 @@ class ImageDecoder(Operation):  # type: ignore[misc]
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         shape, dtype = (self._channels, self._resolution, self._resolution), np.dtype("<u1")
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), None
 
     def generate_code(self) -> Callable[..., Any]:
         return self._failures.guard(self._decode)
@@ -83,10 +83,13 @@ class ImageDecoder(Operation):  # type: ignore[misc]
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, ids_B: Any, out_BCHW: Bytes, metadata: Any, storage_state: Any) -> Bytes:
-        """metadata: FFCV's records of all samples' image field; storage_state: the mapped file, places and sizes."""
+    def _decode(self, ids_B: Any, memory: None, metadata: Any, storage_state: Any) -> Bytes:
+        """metadata: FFCV's records of all samples' image field; storage_state: the mapped file, places and sizes.
+
+        The batch gets memory of its own: FFCV would use its slots again, and the reader would have to copy."""
         ids_B = ids_B.astype(np.int64)
         count = len(ids_B)
+        out_BCHW = np.empty((count, self._channels, self._resolution, self._resolution), np.uint8)
         bounds = [count * part // self._threads for part in range(self._threads + 1)]
 
         def work(part: int) -> None:
@@ -98,7 +101,7 @@ class ImageDecoder(Operation):  # type: ignore[misc]
             work(0)
         else:
             list(self._pool.map(work, range(self._threads)))
-        return out_BCHW[:count]
+        return out_BCHW
 
     def _fill(self, ids_B: Any, out_BCHW: Bytes, metadata: Any, storage_state: Any) -> None:
         key = augmentation_key(self._seed, self.epoch)

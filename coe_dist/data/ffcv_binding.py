@@ -16,7 +16,6 @@ from ffcv.fields import IntField, RGBImageField  # noqa: E402
 from ffcv.libffcv import imdecode  # noqa: E402
 from ffcv.loader import Loader  # noqa: E402
 from ffcv.memory_allocator import MemoryAllocator  # noqa: E402
-from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
 from ffcv.pipeline.pipeline_spec import PipelineSpec  # noqa: E402
@@ -26,7 +25,6 @@ from ffcv.writer import DatasetWriter, worker_job_indexed_dataset  # noqa: E402
 torch.set_num_threads(_threads)
 
 __all__ = [
-    "AllocationQuery",
     "DatasetWriter",
     "IntField",
     "Loader",

@@ -86,8 +86,7 @@ class SplitLoader(SplitReader):
                 cause = self._failures.error
                 reason = f"{type(cause).__name__}: {cause}" if cause else "its thread ended early"
                 raise TrainingError(f"{self.beton}: the data loader failed: {reason}") from cause
-            images, labels, ids = item[1]  # numpy views into slots that FFCV uses again
-            return Batch(*(torch.from_numpy(np.array(part)) for part in (images, labels, ids)))
+            return Batch(*(torch.from_numpy(part) for part in item[1]))
 
     def _stop(self) -> None:
         reading, self._reading = self._reading, None

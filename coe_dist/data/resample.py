@@ -37,11 +37,7 @@ def resample(
         out[:] = 0
     for y in range(0, out_height, ROWS):
         rows = min(ROWS, out_height - y)
-        for r in range(rows):
-            start = (top + first_row[y + r]) * stride + left * 3
-            _weighted_rows(pixels, start, stride, row_taps[y + r], row_weights[y + r], sums)
-            for j in range(wide):
-                block[j, r] = sums[j]
+        _weighted_rows(pixels, top, left, stride, y, rows, first_row, row_taps, row_weights, sums, block)
         begin, end = max(0, -(y + down)), min(rows, out_height - (y + down))
         if end - begin == ROWS:
             columns = out[:, y + down : y + down + ROWS]
@@ -77,15 +73,32 @@ def _weights(source: int, target: int) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _weighted_rows(pixels: Any, start: int, stride: int, taps: int, weights: Any, sums: Any) -> None:
-    row, weight = pixels[start : start + len(sums)], weights[0]
-    for j in range(len(sums)):
-        sums[j] = weight * np.float32(row[j])
-    for k in range(1, taps):
-        start += stride
-        row, weight = pixels[start : start + len(sums)], weights[k]
-        for j in range(len(sums)):
-            sums[j] += weight * np.float32(row[j])
+def _weighted_rows(
+    pixels: Any,
+    top: int,
+    left: int,
+    stride: int,
+    y: int,
+    rows: int,
+    first: Any,
+    taps: Any,
+    weights: Any,
+    sums: Any,
+    block: Any,
+) -> None:
+    wide = len(sums)
+    for r in range(rows):
+        start = (top + first[y + r]) * stride + left * 3
+        row, weight = pixels[start : start + wide], weights[y + r, 0]
+        for j in range(wide):
+            sums[j] = weight * np.float32(row[j])
+        for k in range(1, taps[y + r]):
+            start += stride
+            row, weight = pixels[start : start + wide], weights[y + r, k]
+            for j in range(wide):
+                sums[j] += weight * np.float32(row[j])
+        for j in range(wide):
+            block[j, r] = sums[j]
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -95,11 +108,11 @@ def _weighted_columns(
     channels, _, width = out_CRW.shape
     for x in range(max(0, -right), min(width, width - right)):
         place = width - 1 - (x + right) if mirrored else x + right
-        count, column_weights = taps[x], weights[x]
+        begin, count, column_weights = first[x], taps[x], weights[x]
         for channel in range(channels):
             a = b = c = d = e = f = g = h = np.float32(0.5)  # becoming whole numbers, the sums are rounded to nearest
             for k in range(count):
-                weight, values = column_weights[k], block[(first[x] + k) * 3 + channel]
+                weight, values = column_weights[k], block[(begin + k) * 3 + channel]
                 a += weight * values[0]
                 b += weight * values[1]
                 c += weight * values[2]

@@ -13,10 +13,10 @@ from coe_dist.errors import InputError
 
 @dataclass(frozen=True)
 class Writing:
-    """max_resolution: longest side in pixels; jpeg_fraction: share of the images stored as JPEG, the others raw; workers:
-    processes; max_bad: unreadable images tolerated over all splits (none: any number; all are listed); limit: first so
-    many images of each split; labels, synsets: the classes of images that lie in one folder (see labels.py). What is
-    already there, complete and written with the same options from the same folder, is kept without `overwrite`.
+    """max_resolution: longest side in pixels; jpeg_fraction: share of the images stored as JPEG, the others raw;
+    workers: processes; max_bad: unreadable images tolerated over all splits (none: any number; all are listed); limit:
+    first so many images of each split; labels, synsets: the classes of images that lie in one folder (see labels.py).
+    What is there, complete and written with the same options from the same folder, is kept without `overwrite`.
     """
 
     max_resolution: int | None = None
