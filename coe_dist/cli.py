@@ -290,11 +290,10 @@ def export_onnx(
 
 @data_app.command(
     "write",
-    epilog="""Examples:\n\n
-coe-dist data write --source imagefolder --root ~/imagenet --out data/imagenet
+    epilog="""Example: coe-dist data write --source imagefolder --root ~/imagenet --out data/imagenet
 --max-resolution 500 --jpeg-fraction 0.5\n\n
-coe-dist data write --source imagefolder ~/imagenet/train --out data/imagenet/train.beton\n\n
-coe-dist data write --source imagefolder ~/imagenet/val --out data/imagenet/validation.beton
+One file: coe-dist data write --source imagefolder ~/imagenet/train --out data/imagenet/train.beton\n\n
+A flat folder: coe-dist data write --source imagefolder ~/imagenet/val --out data/imagenet/validation.beton
 --labels LOC_val_solution.csv""",
 )
 def data_write(

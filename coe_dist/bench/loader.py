@@ -4,7 +4,8 @@ Both give shuffled uint8 batches of the same images, cropped at random (area 0.3
 torchvision reads the original JPEGs, ours the .beton written from them. Both have as many workers as there are usable
 cores: processes there, threads here. Whole epochs are timed in turn, after one each that warms up; CPU seconds are
 those of this process and its workers. ratio = peer seconds / our seconds, cpu_ratio the same for CPU seconds. The first
-case is the form of the ImageNet files: at most 500 pixels, half of the images JPEG, half raw. "parts" are milliseconds per image.
+case is the form of the ImageNet files: at most 500 pixels, half of the images JPEG, half raw. "parts" are
+milliseconds per image.
 """
 
 from __future__ import annotations

@@ -35,23 +35,20 @@ class StoredImages:
 
     def __init__(self, beton: Path) -> None:
         self.beton = Path(beton)
+        broken = f"{beton}: not an FFCV file, or a cut one; `coe-dist data write` makes one"
         try:
             self._mapped = np.memmap(beton, np.uint8, mode="r")
             header = np.fromfile(beton, _HEADER, count=1)[0]
             fields = np.fromfile(beton, _FIELD, count=int(header["fields"]), offset=_HEADER.itemsize)
-            if fields[["type", "name"]].tolist() != _FIELDS:
-                raise InputError(
-                    f"{beton}: its fields are not image and label; `coe-dist data write` makes such a file"
-                )
-            count = int(header["samples"])
-            self._rows = np.fromfile(beton, _ROW, count=count, offset=_HEADER.itemsize + fields.nbytes)
-            table = np.fromfile(beton, _PLACE, count=-1, offset=int(header["table"]))
+            count, first_row = int(header["samples"]), _HEADER.itemsize + fields.nbytes
+            self._rows = np.fromfile(beton, _ROW, count=count, offset=first_row)
+            table = np.fromfile(beton, _PLACE, offset=int(header["table"]))
         except (OSError, ValueError, IndexError, OverflowError) as error:
-            raise InputError(f"{beton}: not an FFCV file, or a cut one; `coe-dist data write` makes one") from error
+            raise InputError(broken) from error
+        if fields[["type", "name"]].tolist() != _FIELDS:
+            raise InputError(f"{beton}: its fields are not image and label; `coe-dist data write` makes such a file")
         if len(self._rows) != count or len(table) != count:
-            raise InputError(
-                f"{beton}: {len(self._rows)} rows and {len(table)} places for {count} images; write it again"
-            )
+            raise InputError(broken)
         self._table = table[np.argsort(table["start"])]
         self.labels_N: npt.NDArray[np.int64] = self._rows["label"].astype(np.int64)
 

@@ -41,6 +41,44 @@ def test_odd_images_become_the_right_rgb(tmp_path: Path) -> None:
     assert red[..., 1:].max() < 10
 
 
+def test_transparency_is_dropped_whatever_form_it_has(tmp_path: Path) -> None:
+    clear = np.dstack([COLOUR, np.zeros(COLOUR.shape[:2], np.uint8)])
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    assert np.array_equal(read_pixels(tmp_path / "clear.png"), COLOUR)
+    Image.fromarray(np.dstack([GRAY, GRAY // 2])).save(tmp_path / "gray.png")
+    assert np.array_equal(read_pixels(tmp_path / "gray.png"), np.repeat(GRAY[:, :, None], 3, 2))
+    palette = Image.fromarray(GRAY).convert("P")
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(256)))
+    palette.save(tmp_path / "palette.gif", transparency=7)
+    for name in ("palette.png", "palette.gif"):
+        assert np.array_equal(read_pixels(tmp_path / name), np.repeat(GRAY[:, :, None], 3, 2)), name
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "film.JPEG", format="GIF", save_all=True, append_images=frames[1:])
+    assert (read_pixels(tmp_path / "film.JPEG") == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (20_000, 3), (1, 20_000)])
+def test_extreme_shapes_are_read_and_reduced(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "extreme.jpg", quality=100, subsampling=0)
+    pixels = read_pixels(tmp_path / "extreme.jpg")
+    assert pixels.shape == (size[1], size[0], 3)
+    reduced = read_pixels(tmp_path / "extreme.jpg", max_resolution=500)
+    assert max(reduced.shape) <= 500
+    assert min(reduced.shape[:2]) >= 1
+    assert np.abs(reduced.astype(int) - (10, 200, 30)).max() <= 3
+    found = inspect_file(tmp_path / "extreme.jpg", max_resolution=500)
+    assert isinstance(found, Inspection)
+    assert (found.height, found.width) == reduced.shape[:2]
+
+
+def test_a_size_that_ffcv_cannot_store_has_a_reason(tmp_path: Path) -> None:
+    Image.new("L", (65_536, 1)).save(tmp_path / "long.png")
+    assert "at most 65535 a side" in str(inspect_file(tmp_path / "long.png"))
+
+
 def test_exif_rotation_is_applied_and_broken_exif_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
