@@ -78,6 +78,30 @@ def train(
     show_evaluation(json.loads((run_dir / "evaluation-test.json").read_text()), run_dir)
 
 
+@app.command(epilog="Example: coe-dist plan configs/images.yaml --gpus 64 --gpu h100 --network 25GB/s")
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Workers, one per GPU; by default CONFIG's.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="h100, h200, a100, v100, l4, rtx3090 or cpu; measure: this machine, in some seconds.")
+    ] = "measure",
+    network: Annotated[
+        str | None, typer.Option(help="Of one worker between machines, each way: 25GB/s or 200Gbit/s.")
+    ] = None,
+    gpus_per_machine: Annotated[int | None, typer.Option(help="By default the usual number of the device.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict memory, bytes, time per step and cost of a run on any number of workers, before it starts."""
+    from coe_dist.bench.planning import plan_run
+    from coe_dist.config import load_config
+    from coe_dist.planner.display import show_plan
+
+    settings = load_config(config, overrides or ())
+    result = plan_run(settings, gpus=gpus, gpu=gpu, network=network, gpus_per_machine=gpus_per_machine)
+    print(json.dumps(result)) if as_json else show_plan(result)
+
+
 @app.command(epilog="Example: coe-dist demo configs/fashion_mnist.yaml")
 def demo(
     config: ConfigPath,
@@ -420,7 +444,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: coe-dist bench router --json")
 def bench(
-    name: Annotated[str, typer.Argument(help="router, exchange, step, pwlu, inference or loader")],
+    name: Annotated[str, typer.Argument(help="router, exchange, step, pwlu, inference, loader or plan")],
     as_json: AsJson = False,
     quick: Annotated[bool, typer.Option(help="Only the smallest case, to see that it works.")] = False,
 ) -> None:

@@ -90,7 +90,8 @@ def serve(measure: Callable[[Record], Record]) -> None:
 
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=120))
     answer = measure(json.loads((folder / "request.json").read_text()))
     if dist.get_rank() == 0:
         (folder / "answer.json").write_text(json.dumps(answer))
@@ -130,3 +131,35 @@ def summary(taken: list[Seconds]) -> Record:
         "fastest_seconds": min(wall),
         "cpu_seconds": statistics.median(one[1] for one in taken),
     }
+
+
+def slowest_seconds(
+    work: Callable[[], object],
+    *,
+    prepare: Callable[[], object] = lambda: None,
+    wait: Callable[[], object] = lambda: None,
+    at_least: int = 5,
+    budget: float = 0.15,
+) -> float:
+    """Seconds of one call on the slowest rank: median of `at_least` calls, or of up to 100 within `budget` seconds.
+
+    prepare: before each call, not timed. wait: for a device to finish. A first call is not counted. Collective.
+    """
+    import torch
+    import torch.distributed as dist
+
+    taken: list[float] = []
+    repeats = at_least
+    while len(taken) <= repeats:
+        prepare()
+        wait()
+        dist.barrier()
+        start = time.perf_counter()
+        work()
+        wait()
+        slowest = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        taken.append(float(slowest))
+        if len(taken) == 2:  # the first call allocates, or compiles
+            repeats = min(100, max(at_least, int(budget / taken[1])))
+    return statistics.median(taken[1:])

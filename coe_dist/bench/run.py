@@ -10,7 +10,7 @@ from rich.table import Table
 
 from coe_dist.errors import InputError
 
-BENCHES = ("router", "exchange", "step", "pwlu", "inference", "loader")
+BENCHES = ("router", "exchange", "step", "pwlu", "inference", "loader", "plan")
 
 
 def run_bench(name: str, *, quick: bool = False) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""What the networks, their engines and the loader of a configuration take on this machine (see plan_rates.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from coe_dist.bench.ranks import slowest_seconds
+from coe_dist.bench.record import Record
+from coe_dist.coe import modules
+from coe_dist.config import RunConfig
+from coe_dist.data.sidecar import SplitInfo
+from coe_dist.parallel.groups import Group, Groups
+from coe_dist.planner.devices import JPEG_SECONDS, RAW_SECONDS
+from coe_dist.planner.layout import Layout
+from coe_dist.planner.rates import Cost
+from coe_dist.training.engines import NetworkEngine, wide
+from coe_dist.training.networks import NetworkBuilder, engine_for
+
+LOADER_IMAGES = 2048  # of each rank, at most
+_LONGEST = 1.0  # seconds that one pass may take; then fewer rows are measured
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and where."""
+
+    config: RunConfig
+    info: SplitInfo
+    groups: Groups
+    device: torch.device
+    planned: int  # workers of the plan; `groups` may have fewer
+
+    def layout(self, batch: int, world: int) -> Layout:
+        """Of `world` ranks on one machine."""
+        config = self.config
+        image_bytes = self.info.channels * config.data.resolution**2
+        return Layout(config.experts.count, config.experts_per_sample, batch, world, image_bytes, world)
+
+    def seconds(self, work: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> float:
+        """See slowest_seconds. Collective."""
+        return slowest_seconds(work, prepare=prepare, wait=self._wait)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def affine(small: tuple[float, float], large: tuple[float, float]) -> Cost:
+    """The line through two (rows, seconds); where noise makes it fall, or start below zero, the nearest that does
+    not."""
+    (rows, seconds), (more, longer) = small, large
+    each = max(0.0, (longer - seconds) / (more - rows)) if more > rows else 0.0
+    each = min(each, longer / more)
+    return Cost(longer - each * more, each)
+
+
+def measure_networks(setting: Setting) -> Record:
+    """Costs of the delegator and of one expert, seconds of their engines' steps, bytes of their parameters. The engines
+    are those of training, but reduce over nobody. Collective."""
+    config, builder, figures = setting.config, NetworkBuilder(setting.config, setting.info), Record()
+    layout = setting.layout(config.micro_batch, setting.planned)
+    wanted = {"delegator": float(layout.images.max()), "expert": float(layout.rows_of_expert.max())}
+    rate = config.training.optimizer.learning_rate / 1000  # many steps on noise must stay finite
+    for name, rows in wanted.items():
+        network = builder.delegator() if name == "delegator" else builder.expert(0)
+        alone = Group(f"{name} alone", (setting.groups.rank,), None)
+        engine = engine_for(name, network, config, alone, setting.groups, setting.device, rate)
+        torch.set_num_threads(config.workers.threads)  # DeepSpeed changes it
+        figures[name] = asdict(_network_cost(setting, engine, int(rows) + 1))
+        figures[f"{name}_step"] = setting.seconds(engine.step, prepare=one_pass(setting, engine, 4))
+        figures[f"{name}_bytes"] = sum(p.numel() * p.element_size() for p in network.parameters())
+    return figures
+
+
+def _network_cost(setting: Setting, engine: NetworkEngine, rows: int) -> Cost:
+    """At the rows of the run and at a quarter of them, or at fewer where those would take too long."""
+    few = setting.seconds(one_pass(setting, engine, 8))
+    large = max(8, min(rows, int(8 * _LONGEST / few)))
+    small = max(2, large // 4)
+    return affine(
+        (small, setting.seconds(one_pass(setting, engine, small))),
+        (large, setting.seconds(one_pass(setting, engine, large))),
+    )
+
+
+def one_pass(setting: Setting, engine: NetworkEngine, rows: int) -> Callable[[], None]:
+    """Forward, loss and backward of `rows` noisy images."""
+    config, device = setting.config, setting.device
+    side, experts, k = config.data.resolution, config.experts.count, config.experts_per_sample
+    generator = torch.Generator().manual_seed(rows)
+    shape = (rows, setting.info.channels, side, side)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+    labels = torch.randint(0, len(setting.info.classes), (rows,), generator=generator).to(device)
+    experts_Bk = torch.rand(rows, experts, generator=generator).argsort(1)[:, :k].to(device)
+    labels_Bk = F.one_hot(torch.zeros(rows, dtype=torch.int64), k).float().to(device)
+    weights = torch.ones(rows, device=device)
+
+    def work() -> None:
+        engine.zero_grad()
+        output = engine(images)
+        logits = wide(output[0] if isinstance(output, tuple) else output)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        if isinstance(output, tuple):
+            losses = losses + modules.selection_losses(wide(output[1]), experts_Bk, labels_Bk)
+        engine.backward((losses * weights).sum() / rows, last=True)
+
+    return work
+
+
+def measure_loader(setting: Setting) -> Record:
+    """Processor seconds of all reading threads for an image; the table's figure where the data set is not there yet.
+    Collective only in that all ranks read at once."""
+    data, beton = setting.config.data, Path(setting.config.data.folder) / "train.beton"
+    if not beton.is_file():
+        raw = setting.info.shape is not None and max(setting.info.shape) < 64
+        return {"loader_seconds_per_image": RAW_SECONDS if raw else JPEG_SECONDS}
+    from coe_dist.data.loader import SplitLoader
+
+    images = LOADER_IMAGES * setting.groups.world.size
+    loader = SplitLoader(
+        beton,
+        global_batch=setting.config.micro_batch,
+        rank=setting.groups.rank,
+        world_size=setting.groups.world.size,
+        resolution=data.resolution,
+        seed=setting.config.seed,
+        train=True,
+        augmentation=data.augmentation,
+        threads=data.loader_threads,
+        limit=min(images, data.limit or images),
+    )
+    taken = []
+    for epoch in range(3):
+        start = time.process_time()
+        seen = sum(len(batch.labels_B) for batch in loader.epoch(epoch))
+        taken.append((time.process_time() - start) / max(1, seen))
+    loader.close()
+    return {"loader_seconds_per_image": min(taken[1:])}

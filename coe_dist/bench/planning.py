@@ -1,0 +1,114 @@
+"""A plan for a configuration: counts its networks, takes tabulated rates or measures this machine, and plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coe_dist.bench.plan_rates import measure_here
+from coe_dist.config import RunConfig
+from coe_dist.data.sidecar import SplitInfo, read_sidecar
+from coe_dist.errors import InputError
+from coe_dist.planner.devices import default_network, find_device, parse_bandwidth, tabulated
+from coe_dist.planner.facts import NetworkFacts, count_network
+from coe_dist.planner.plan import check_world, make_plan
+from coe_dist.planner.run import Run
+from coe_dist.training.networks import NetworkBuilder
+
+MEASURE = "measure"
+# images of train and of validation, channels, classes; ImageNet's, of which `coe-dist data write` cuts validation off
+_USUAL = {"fashion-mnist": (55_000, 5_000, 1, 10), "imagefolder": (1_231_167, 50_000, 3, 1000)}
+
+
+def plan_run(
+    config: RunConfig, *, gpus: int | None, gpu: str, network: str | None = None, gpus_per_machine: int | None = None
+) -> dict[str, Any]:
+    """The plan as make_plan describes it, and "assumptions".
+
+    gpus: workers; without it as many as the configuration has at most. gpu: a device of the table, or "measure", which
+    starts processes on this machine. Raises InputError naming the option or field that is not allowed.
+    """
+    gpus = check_world(config.workers.most if gpus is None else gpus)
+    if gpu != MEASURE:
+        find_device(gpu)
+    if gpus_per_machine is not None and gpus_per_machine < 1:
+        raise InputError(f"--gpus-per-machine: {gpus_per_machine} is not allowed; give a whole number of at least 1")
+    bandwidth = None if network is None else parse_bandwidth(network)
+    info, validation, assumed = data_of(config)
+    delegator, expert = facts_of(config, info)
+    if gpu == MEASURE:
+        rates = measure_here(config, info, gpus, network=bandwidth, per_node=gpus_per_machine)
+    else:
+        rates = tabulated(gpu, config, delegator, expert, network=bandwidth, per_node=gpus_per_machine)
+    run = Run(config, delegator, expert, info.channels, info.count, validation, rates)
+    plan = make_plan(run, gpus)
+    return {**plan, "assumptions": [*assumed, *_assumptions(run, plan, given=bandwidth is not None)]}
+
+
+def data_of(config: RunConfig) -> tuple[SplitInfo, int, list[str]]:
+    """The train split's side-car, the number of validation images, and what is assumed where there are no files yet."""
+    folder = Path(config.data.folder)
+    if (folder / "train.beton").exists():
+        return read_sidecar(folder / "train.beton"), read_sidecar(folder / "validation.beton").count, []
+    train, validation, channels, classes = _USUAL[config.data.source]
+    name = "Fashion-MNIST" if config.data.source == "fashion-mnist" else "ImageNet"
+    info = SplitInfo(
+        source=config.data.source,
+        split="train",
+        classes=tuple(map(str, range(classes))),
+        count=train,
+        counts_per_class=(train - classes + 1, *(1,) * (classes - 1)),
+        channels=channels,  # type: ignore[arg-type]
+        shape=(28, 28) if channels == 1 else None,
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+        bytes=0,
+        sha256="",
+    )
+    return info, validation, [
+        f"no data in {folder}: {name}'s {train:,} images for training and {validation:,} for validation, "
+        f"{classes:,} classes"
+    ]  # fmt: skip
+
+
+def facts_of(config: RunConfig, info: SplitInfo) -> tuple[NetworkFacts, NetworkFacts]:
+    """The delegator's and an expert's, without memory or computing."""
+    builder = NetworkBuilder(config, info)
+    with torch.device("meta"):
+        networks = {"delegator": builder.delegator(), "expert": builder.expert(0)}
+    delegator, expert = (
+        count_network(
+            name,
+            network,
+            channels=info.channels,
+            resolution=config.data.resolution,
+            precision=config.training.precision,
+        )
+        for name, network in networks.items()
+    )
+    return delegator, expert
+
+
+def _assumptions(run: Run, plan: dict[str, Any], *, given: bool) -> list[str]:
+    rates, config = run.rates, run.config
+    lines = []
+    if rates.device == "here":
+        lines.append(
+            f"{rates.per_node} workers a machine with {rates.cores_per_worker * rates.per_node:g} cores; what finds no "
+            "free core (decoding, more workers than cores) is added to the step"
+        )
+    else:
+        lines.append(
+            "networks reach at most half of the device's peak FLOP/s and half of its memory bandwidth, 8 us to launch "
+            "an operation: our figures, not measured on this device (coe_dist/planner/devices.py)"
+        )
+        lines.append(
+            f"{1 / rates.loader_seconds_per_image:,.0f} images/s decoded by a core, {config.data.loader_threads} "
+            f"loader threads and {rates.cores_per_worker:g} cores a worker"
+        )
+    if plan["nodes"] > 1 and not given:
+        lines.append(f"{default_network(rates.device) / 1e9:g} GB/s for each worker between machines (--network)")
+    lines.append("start-up, checkpoints and restarts take no time")
+    return lines

@@ -1,0 +1,141 @@
+"""Who holds what, and what travels: images, pairs, experts and bytes of every rank of one global micro-batch.
+
+Counts that depend on the router's answer are expectations: the assignment is balanced, so each expert has kN/E pairs
+(within k of it), and over the dispatch permutations the k experts of an image are a uniformly random set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+
+from coe_dist.data.order import share
+from coe_dist.parallel.exchange import HEADER_BYTES
+from coe_dist.parallel.placement import ExpertPlacement
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One micro-batch of `batch` images on a world of ranks, `per_node` of them on a machine. Arrays are [world]."""
+
+    experts: int
+    per_sample: int  # k
+    batch: int  # N
+    world: int
+    image_bytes: int  # C * H * W, uint8
+    per_node: int
+
+    @cached_property
+    def placement(self) -> ExpertPlacement:
+        return ExpertPlacement(self.experts, self.world)
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.world // self.per_node)
+
+    @cached_property
+    def images(self) -> Floats:
+        """Rows of the global batch on each rank."""
+        bounds = [share(self.batch, rank, self.world) for rank in range(self.world)]
+        return np.array([stop - start for start, stop in bounds], dtype=np.float64)
+
+    @cached_property
+    def hosted(self) -> Floats:
+        """Experts on each rank."""
+        return np.array([len(experts) for experts in self.placement.experts_of_rank], dtype=np.float64)
+
+    @cached_property
+    def rows_of_expert(self) -> Floats:
+        """Pairs of each expert that a rank hosts, its replicas sharing them."""
+        replicas = [self.placement.replicas(experts[0]) for experts in self.placement.experts_of_rank]
+        return self.per_sample * self.batch / self.experts / np.array(replicas, dtype=np.float64)
+
+    @cached_property
+    def pairs(self) -> Floats:
+        """(image, expert) pairs that each rank computes."""
+        return self.hosted * self.rows_of_expert
+
+    @property
+    def largest_replica_group(self) -> int:
+        return max(self.placement.replicas(expert) for expert in range(self.experts))
+
+    @cached_property
+    def _wanted(self) -> Floats:
+        """Probability that a rank wants a given image of another rank; for replicas, the mean over their images."""
+        if self.experts >= self.world:
+            none = {h: comb(self.experts - h, self.per_sample) / comb(self.experts, self.per_sample) for h in self._h}
+            return 1.0 - np.array([none[int(h)] for h in self.hosted])
+        # a rank computes kN/(E R) pairs, of which those of its own images stay; it wants the others from elsewhere
+        elsewhere = self.batch - self.images
+        incoming = self.pairs - self.images * self.per_sample / self.experts
+        wanted: Floats = np.divide(incoming, elsewhere, out=np.zeros(self.world), where=elsewhere > 0)
+        return wanted
+
+    @property
+    def _h(self) -> set[int]:
+        return {int(h) for h in self.hosted}
+
+    @cached_property
+    def images_sent(self) -> Floats:
+        """Images that each rank sends to other ranks; an image goes to a rank once."""
+        others: Floats = self._wanted.sum() - self._wanted
+        return self.images * others
+
+    @cached_property
+    def images_received(self) -> Floats:
+        return (self.batch - self.images) * self._wanted
+
+    @cached_property
+    def pairs_sent(self) -> Floats:
+        """Pairs of each rank's own images that another rank computes."""
+        if self.experts >= self.world:
+            return self.images * self.per_sample * (1.0 - self.hosted / self.experts)
+        return self.images_sent  # a rank hosts one expert, so each pair has its own image
+
+    @cached_property
+    def pairs_received(self) -> Floats:
+        if self.experts >= self.world:
+            return (self.batch - self.images) * self.per_sample * self.hosted / self.experts
+        return self.images_received
+
+    @cached_property
+    def bytes_sent(self) -> Floats:
+        """uint8 images and headers that each rank sends in dispatch()."""
+        return self.images_sent * self.image_bytes + self.pairs_sent * HEADER_BYTES
+
+    @cached_property
+    def bytes_received(self) -> Floats:
+        return self.images_received * self.image_bytes + self.pairs_received * HEADER_BYTES
+
+    @cached_property
+    def share_between_nodes(self) -> Floats:
+        """Fraction of what a rank sends that leaves its machine."""
+        node = np.arange(self.world) // self.per_node
+        on_node = np.bincount(node, weights=self._wanted)[node]
+        others = self._wanted.sum() - self._wanted
+        outside = self._wanted.sum() - on_node if self.nodes > 1 else np.zeros(self.world)
+        fraction: Floats = np.divide(outside, others, out=np.zeros(self.world), where=others > 0)
+        return fraction
+
+    @cached_property
+    def bytes_copied(self) -> Floats:
+        """Image bytes that each rank copies in its own memory: gathered and joined for sending, joined with its own
+        after receiving (not on a single rank), and gathered for each expert."""
+        pool = 0.0 if self.world == 1 else (self.images + self.images_received) * self.image_bytes
+        return 2 * self.bytes_sent + pool + self.pairs * self.image_bytes
+
+
+def all_reduce_bytes(size: int, ranks: int) -> float:
+    """Bytes that each rank of a ring (or of recursive halving and doubling) sends to sum `size` bytes over `ranks`."""
+    return 2 * (ranks - 1) / ranks * size
+
+
+def all_gather_bytes(total: float, ranks: int) -> float:
+    """Bytes that each rank receives to hold all `total` bytes of `ranks` equal parts."""
+    return (ranks - 1) / ranks * total
