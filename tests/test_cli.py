@@ -94,6 +94,8 @@ def test_without_a_command_the_help_is_shown() -> None:
         (["train", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
         (["evaluate", "tests"], "tests: it is not a run folder (no config.yaml)"),
         (["bench", "nothing"], "bench: 'nothing' is not allowed"),
+        (["plan", "configs/smoke.yaml", "--gpu", "b300"], "--gpu: 'b300' is not allowed; give h100, h200"),
+        (["plan", "configs/smoke.yaml", "--gpus", "0"], "--gpus: 0 is not allowed; give a whole number from 1"),
         (["report", "tests"], "tests: not a run folder"),
         (["ui", "tests"], "tests: no mlflow.db here"),
         (["data", "write", "--out", "x", "--source", "cifar"], "source: 'cifar' is not allowed; give"),

@@ -6,6 +6,7 @@ from coe_dist.planner.memory import Memory
 from coe_dist.planner.run import LARGEST_WORLD, Run
 
 _WORTH = 1.05  # a smaller gain is not worth a change
+_WORTH_WORKERS = 1.2  # nor are more workers where a setting gives nearly as much
 
 
 def advise(run: Run, gpus: int, bottleneck: str, memory: Memory, fits: bool) -> str:
@@ -28,7 +29,7 @@ def advise(run: Run, gpus: int, bottleneck: str, memory: Memory, fits: bool) -> 
     now = run.images_per_second(gpus)
     gains = {text: speed / now for text, speed in _changes(run, gpus).items()}
     what = f"{bottleneck} {'are' if bottleneck == 'experts' else 'is'} {share:.0%} of the step"
-    best = max(gains, key=gains.__getitem__)
+    best = max(gains, key=lambda text: gains[text] / (_WORTH_WORKERS if "workers in place" in text else 1.0))
     if gains[best] < _WORTH:
         return f"{what}; no single change of those planned gives 5% more images/s"
     return f"{what}; {best} would give {gains[best]:.2f} times the images/s"

@@ -66,30 +66,33 @@ class Layout:
         return max(self.placement.replicas(expert) for expert in range(self.experts))
 
     @cached_property
-    def _wanted(self) -> Floats:
-        """Probability that a rank wants a given image of another rank; for replicas, the mean over their images."""
-        if self.experts >= self.world:
-            none = {h: comb(self.experts - h, self.per_sample) / comb(self.experts, self.per_sample) for h in self._h}
-            return 1.0 - np.array([none[int(h)] for h in self.hosted])
-        # a rank computes kN/(E R) pairs, of which those of its own images stay; it wants the others from elsewhere
-        elsewhere = self.batch - self.images
-        incoming = self.pairs - self.images * self.per_sample / self.experts
-        wanted: Floats = np.divide(incoming, elsewhere, out=np.zeros(self.world), where=elsewhere > 0)
-        return wanted
+    def _chances(self) -> Floats:
+        """Probability that a rank wants a given image of a rank that hosts other experts. Replicas keep the pairs of
+        their own images (they have room for them), so they want none of each other."""
+        if self.experts < self.world:
+            return self.rows_of_expert / self.batch
+        sets = comb(self.experts, self.per_sample)
+        without = {int(h): comb(self.experts - int(h), self.per_sample) / sets for h in np.unique(self.hosted)}
+        return 1.0 - np.array([without[int(h)] for h in self.hosted])
 
-    @property
-    def _h(self) -> set[int]:
-        return {int(h) for h in self.hosted}
+    @cached_property
+    def _siblings(self) -> npt.NDArray[np.int64]:
+        """The same number for ranks that host the same experts."""
+        return np.array([experts[0] for experts in self.placement.experts_of_rank], dtype=np.int64)
+
+    def _of_others(self, values: Floats) -> Floats:
+        """For each rank the sum of `values` over the ranks that host other experts."""
+        others: Floats = values.sum() - np.bincount(self._siblings, weights=values)[self._siblings]
+        return others
 
     @cached_property
     def images_sent(self) -> Floats:
         """Images that each rank sends to other ranks; an image goes to a rank once."""
-        others: Floats = self._wanted.sum() - self._wanted
-        return self.images * others
+        return self.images * self._of_others(self._chances)
 
     @cached_property
     def images_received(self) -> Floats:
-        return (self.batch - self.images) * self._wanted
+        return self._of_others(self.images) * self._chances
 
     @cached_property
     def pairs_sent(self) -> Floats:
@@ -115,13 +118,14 @@ class Layout:
 
     @cached_property
     def share_between_nodes(self) -> Floats:
-        """Fraction of what a rank sends that leaves its machine."""
+        """Fraction of what a rank sends that leaves its machine, as if the replicas of an expert drew from all ranks
+        alike (in fact low ranks send to low replicas)."""
+        others = self._of_others(self._chances)
         node = np.arange(self.world) // self.per_node
-        on_node = np.bincount(node, weights=self._wanted)[node]
-        others = self._wanted.sum() - self._wanted
-        outside = self._wanted.sum() - on_node if self.nodes > 1 else np.zeros(self.world)
-        fraction: Floats = np.divide(outside, others, out=np.zeros(self.world), where=others > 0)
-        return fraction
+        both = np.unique(np.stack([node, self._siblings]), axis=1, return_inverse=True)[1].reshape(-1)
+        near = np.bincount(node, weights=self._chances)[node] - np.bincount(both, weights=self._chances)[both]
+        share: Floats = np.divide(others - near, others, out=np.zeros(self.world), where=others > 0)
+        return share.clip(0.0, 1.0) if self.nodes > 1 else np.zeros(self.world)
 
     @cached_property
     def bytes_copied(self) -> Floats:

@@ -148,7 +148,7 @@ def test_advice_is_a_change_that_was_planned() -> None:
     assert make_plan(run, 2)["bottleneck"] == "loader"
     assert "data.loader_threads=2 would give 2.00 times" in make_plan(run, 2)["advice"]
     dense = planned(gpu="cpu", experts={"count": 8, "per_sample": 8}, training={"global_batch": 8192})
-    assert "experts.per_sample=2 would give 3." in make_plan(dense, 8)["advice"]
+    assert "experts are 69% of the step; experts.per_sample=2 would give 2." in make_plan(dense, 8)["advice"]
     full = with_rates(dense, memory_bytes=1e8)
     plan = make_plan(full, 8)
     assert plan["memory"]["fits"] is False
