@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from coe_dist.training.engines import NetworkEngine, wide
 from coe_dist.training.networks import NetworkBuilder, engine_for
 
 LOADER_IMAGES = 2048  # of each rank, at most
+_MOST_EXPERTS = 4  # enough for their activations to displace each other, as a step's do
 _LONGEST = 1.0  # seconds that one pass may take; then fewer rows are measured
 
 
@@ -35,6 +36,7 @@ class Setting:
     groups: Groups
     device: torch.device
     planned: int  # workers of the plan; `groups` may have fewer
+    between: Callable[[], object] = lambda: None  # before each timed call: other work, so that caches are as in a step
 
     def layout(self, batch: int, world: int) -> Layout:
         """Of `world` ranks on one machine."""
@@ -42,9 +44,9 @@ class Setting:
         image_bytes = self.info.channels * config.data.resolution**2
         return Layout(config.experts.count, config.experts_per_sample, batch, world, image_bytes, world)
 
-    def seconds(self, work: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> float:
+    def seconds(self, work: Callable[[], object]) -> float:
         """See slowest_seconds. Collective."""
-        return slowest_seconds(work, prepare=prepare, wait=self._wait)
+        return slowest_seconds(work, prepare=self.between, wait=self._wait)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -60,37 +62,57 @@ def affine(small: tuple[float, float], large: tuple[float, float]) -> Cost:
     return Cost(longer - each * more, each)
 
 
-def measure_networks(setting: Setting) -> Record:
-    """Costs of the delegator and of one expert, seconds of their engines' steps, bytes of their parameters. The engines
-    are those of training, but reduce over nobody. Collective."""
-    config, builder, figures = setting.config, NetworkBuilder(setting.config, setting.info), Record()
-    layout = setting.layout(config.micro_batch, setting.planned)
-    wanted = {"delegator": float(layout.images.max()), "expert": float(layout.rows_of_expert.max())}
+@dataclass(frozen=True)
+class Engines:
+    """Of training, but each reduces over nobody: the delegator and some of the experts that a rank hosts."""
+
+    delegator: NetworkEngine
+    experts: list[NetworkEngine]
+
+
+def build_engines(setting: Setting) -> Engines:
+    """Collective."""
+    config, builder = setting.config, NetworkBuilder(setting.config, setting.info)
+    hosted = int(setting.layout(config.micro_batch, setting.planned).hosted.max())
     rate = config.training.optimizer.learning_rate / 1000  # many steps on noise must stay finite
-    for name, rows in wanted.items():
-        network = builder.delegator() if name == "delegator" else builder.expert(0)
+
+    def engine(name: str, network: torch.nn.Module) -> NetworkEngine:
         alone = Group(f"{name} alone", (setting.groups.rank,), None)
-        engine = engine_for(name, network, config, alone, setting.groups, setting.device, rate)
-        torch.set_num_threads(config.workers.threads)  # DeepSpeed changes it
-        figures[name] = asdict(_network_cost(setting, engine, int(rows) + 1))
-        figures[f"{name}_step"] = setting.seconds(engine.step, prepare=one_pass(setting, engine, 4))
-        figures[f"{name}_bytes"] = sum(p.numel() * p.element_size() for p in network.parameters())
+        return engine_for(name, network, config, alone, setting.groups, setting.device, rate)
+
+    experts = [engine(f"expert {expert}", builder.expert(expert)) for expert in range(min(hosted, _MOST_EXPERTS))]
+    engines = Engines(engine("delegator", builder.delegator()), experts)
+    torch.set_num_threads(config.workers.threads)  # DeepSpeed changes it
+    return engines
+
+
+def measure_networks(setting: Setting, engines: Engines) -> Record:
+    """Costs of the delegator and of an expert, seconds of their engines' steps, bytes of the delegator. Collective."""
+    layout = setting.layout(setting.config.micro_batch, setting.planned)
+    figures: Record = {}
+    for name, group, others, rows in (
+        ("delegator", [engines.delegator], engines.experts, layout.images),
+        ("expert", engines.experts, [engines.delegator], layout.rows_of_expert),
+    ):
+        there = replace(setting, between=passes(setting, others, 8))
+        figures[name] = asdict(_network_cost(there, group, int(rows.max()) + 1))
+        ready = replace(setting, between=passes(setting, group, 4))
+        figures[f"{name}_step"] = ready.seconds(lambda group=group: [one.step() for one in group]) / len(group)  # type: ignore[misc]
+    figures["delegator_bytes"] = sum(p.numel() * p.element_size() for p in engines.delegator.network.parameters())
     return figures
 
 
-def _network_cost(setting: Setting, engine: NetworkEngine, rows: int) -> Cost:
-    """At the rows of the run and at a quarter of them, or at fewer where those would take too long."""
-    few = setting.seconds(one_pass(setting, engine, 8))
+def _network_cost(setting: Setting, engines: list[NetworkEngine], rows: int) -> Cost:
+    """Of one of them, at the rows of the run and at a quarter of them, or at fewer where those would take too long."""
+    few = setting.seconds(passes(setting, engines, 8))
     large = max(8, min(rows, int(8 * _LONGEST / few)))
     small = max(2, large // 4)
-    return affine(
-        (small, setting.seconds(one_pass(setting, engine, small))),
-        (large, setting.seconds(one_pass(setting, engine, large))),
-    )
+    each = {n: setting.seconds(passes(setting, engines, n)) / len(engines) for n in (small, large)}
+    return affine((small, each[small]), (large, each[large]))
 
 
-def one_pass(setting: Setting, engine: NetworkEngine, rows: int) -> Callable[[], None]:
-    """Forward, loss and backward of `rows` noisy images."""
+def passes(setting: Setting, engines: list[NetworkEngine], rows: int) -> Callable[[], None]:
+    """Forward and loss of all engines on `rows` noisy images, then backward of all, as experts do in a step."""
     config, device = setting.config, setting.device
     side, experts, k = config.data.resolution, config.experts.count, config.experts_per_sample
     generator = torch.Generator().manual_seed(rows)
@@ -101,14 +123,19 @@ def one_pass(setting: Setting, engine: NetworkEngine, rows: int) -> Callable[[],
     labels_Bk = F.one_hot(torch.zeros(rows, dtype=torch.int64), k).float().to(device)
     weights = torch.ones(rows, device=device)
 
-    def work() -> None:
-        engine.zero_grad()
+    def loss_of(engine: NetworkEngine) -> torch.Tensor:
         output = engine(images)
         logits = wide(output[0] if isinstance(output, tuple) else output)
         losses = F.cross_entropy(logits, labels, reduction="none")
         if isinstance(output, tuple):
             losses = losses + modules.selection_losses(wide(output[1]), experts_Bk, labels_Bk)
-        engine.backward((losses * weights).sum() / rows, last=True)
+        return (losses * weights).sum() / rows
+
+    def work() -> None:
+        for engine in engines:
+            engine.zero_grad()
+        for engine, loss in [(engine, loss_of(engine)) for engine in engines]:
+            engine.backward(loss, last=True)
 
     return work
 

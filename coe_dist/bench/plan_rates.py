@@ -1,7 +1,9 @@
 """Measures this machine for the planner: the very pieces of a step, on real engines, in some seconds.
 
 Starts as many processes as are planned (at most one per core or GPU), all working at the same time, because workers of
-one machine share its memory and caches. Each figure is the median of the slowest rank's seconds.
+one machine share its memory and caches, and each piece after some other work, because in a step it finds the caches
+full of that: alone in a loop, small networks take little more than half as long. Each figure is the median of the
+slowest rank's seconds.
 
     networks   forward, loss and backward of the delegator and of one expert, at two numbers of rows; the engines' step
     router     assign, labels and plan at two sizes of batch, on scores like those of a trained delegator
@@ -12,6 +14,7 @@ one machine share its memory and caches. Each figure is the median of the slowes
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from coe_dist.bench.ranks import measure_in_ranks, serve
 from coe_dist.bench.record import Record
@@ -76,7 +79,7 @@ def measure_rates(config: RunConfig, info: SplitInfo, planned: int) -> Record:
     import psutil
     import torch
 
-    from coe_dist.bench.plan_networks import Setting, measure_loader, measure_networks
+    from coe_dist.bench.plan_networks import Setting, build_engines, measure_loader, measure_networks, passes
     from coe_dist.bench.plan_routing import measure_exchange, measure_router
     from coe_dist.coe.warm_up import warm_up
     from coe_dist.parallel.groups import create_groups
@@ -89,12 +92,14 @@ def measure_rates(config: RunConfig, info: SplitInfo, planned: int) -> Record:
     warm_up()
     groups = create_groups(config.experts.count, timeout_seconds=120)
     setting = Setting(config, info, groups, device, planned)
-    figures = measure_networks(setting)
+    engines = build_engines(setting)
+    figures = measure_networks(setting, engines)
     figures["measured"] = groups.world.size
     figures["framework_bytes"] = float(psutil.Process().memory_info().rss)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     figures["memory_bytes"] = float(memory or psutil.virtual_memory().total)
-    figures |= measure_router(setting) | measure_exchange(setting, figures["delegator_bytes"])
+    busy = replace(setting, between=passes(setting, [*engines.experts, engines.delegator], 8))
+    figures |= measure_router(busy) | measure_exchange(busy, figures["delegator_bytes"])
     return figures | measure_loader(setting)
 
 

@@ -150,6 +150,7 @@ def slowest_seconds(
 
     taken: list[float] = []
     repeats = at_least
+    began = time.perf_counter()
     while len(taken) <= repeats:
         prepare()
         wait()
@@ -161,5 +162,7 @@ def slowest_seconds(
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         taken.append(float(slowest))
         if len(taken) == 2:  # the first call allocates, or compiles
-            repeats = min(100, max(at_least, int(budget / taken[1])))
+            elapsed = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+            dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)  # all ranks repeat as often
+            repeats = min(100, max(at_least, int(2 * budget / float(elapsed))))
     return statistics.median(taken[1:])
