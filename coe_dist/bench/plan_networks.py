@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from coe_dist.bench.ranks import slowest_seconds
 from coe_dist.bench.record import Record
-from coe_dist.coe import modules
+from coe_dist.coe import modules, pwlu
 from coe_dist.config import RunConfig
 from coe_dist.data.sidecar import SplitInfo
 from coe_dist.parallel.groups import Group, Groups
@@ -20,7 +20,7 @@ from coe_dist.planner.devices import JPEG_SECONDS, RAW_SECONDS
 from coe_dist.planner.layout import Layout
 from coe_dist.planner.rates import Cost
 from coe_dist.training.engines import NetworkEngine, wide
-from coe_dist.training.networks import NetworkBuilder, engine_for
+from coe_dist.training.networks import NetworkBuilder, averages_of, engine_for
 
 LOADER_IMAGES = 2048  # of each rank, at most
 _MOST_EXPERTS = 4  # enough for their activations to displace each other, as a step's do
@@ -77,6 +77,7 @@ def build_engines(setting: Setting) -> Engines:
     rate = config.training.optimizer.learning_rate / 1000  # many steps on noise must stay finite
 
     def engine(name: str, network: torch.nn.Module) -> NetworkEngine:
+        pwlu.realign(network)  # most of training is in its second phase
         alone = Group(f"{name} alone", (setting.groups.rank,), None)
         return engine_for(name, network, config, alone, setting.groups, setting.device, rate)
 
@@ -97,9 +98,21 @@ def measure_networks(setting: Setting, engines: Engines) -> Record:
         there = replace(setting, between=passes(setting, others, 8))
         figures[name] = asdict(_network_cost(there, group, int(rows.max()) + 1))
         ready = replace(setting, between=passes(setting, group, 4))
-        figures[f"{name}_step"] = ready.seconds(lambda group=group: [one.step() for one in group]) / len(group)  # type: ignore[misc]
+        figures[f"{name}_step"] = ready.seconds(_steps(group, setting.config.training.ema_decay)) / len(group)
     figures["delegator_bytes"] = sum(p.numel() * p.element_size() for p in engines.delegator.network.parameters())
     return figures
+
+
+def _steps(engines: list[NetworkEngine], ema_decay: float | None) -> Callable[[], None]:
+    averages = averages_of(engines, ema_decay)
+
+    def work() -> None:
+        for engine in engines:
+            engine.step()
+            if averages:
+                averages[engine.name].update(engine.network)
+
+    return work
 
 
 def _network_cost(setting: Setting, engines: list[NetworkEngine], rows: int) -> Cost:

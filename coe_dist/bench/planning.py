@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from coe_dist.bench.plan_rates import measure_here
+from coe_dist.coe import pwlu
 from coe_dist.config import RunConfig
-from coe_dist.data.sidecar import SplitInfo, read_sidecar
+from coe_dist.data.sidecar import SplitInfo, read_sidecar, sidecar_path
 from coe_dist.errors import InputError
 from coe_dist.planner.devices import default_network, find_device, parse_bandwidth, tabulated
 from coe_dist.planner.facts import NetworkFacts, count_network
@@ -50,8 +51,9 @@ def plan_run(
 def data_of(config: RunConfig) -> tuple[SplitInfo, int, list[str]]:
     """The train split's side-car, the number of validation images, and what is assumed where there are no files yet."""
     folder = Path(config.data.folder)
-    if (folder / "train.beton").exists():
-        return read_sidecar(folder / "train.beton"), read_sidecar(folder / "validation.beton").count, []
+    beton = folder / "train.beton"
+    if beton.is_file() or sidecar_path(beton).is_file():
+        return read_sidecar(beton), read_sidecar(folder / "validation.beton").count, []
     train, validation, channels, classes = _USUAL[config.data.source]
     name = "Fashion-MNIST" if config.data.source == "fashion-mnist" else "ImageNet"
     info = SplitInfo(
@@ -74,21 +76,23 @@ def data_of(config: RunConfig) -> tuple[SplitInfo, int, list[str]]:
 
 
 def facts_of(config: RunConfig, info: SplitInfo) -> tuple[NetworkFacts, NetworkFacts]:
-    """The delegator's and an expert's, without memory or computing."""
+    """The delegator's and an expert's, without memory or computing; piecewise linear units as in their second phase.
+    Raises InputError for a network that does not take images of data.resolution."""
     builder = NetworkBuilder(config, info)
     with torch.device("meta"):
-        networks = {"delegator": builder.delegator(), "expert": builder.expert(0)}
-    delegator, expert = (
-        count_network(
-            name,
-            network,
-            channels=info.channels,
-            resolution=config.data.resolution,
-            precision=config.training.precision,
-        )
-        for name, network in networks.items()
-    )
-    return delegator, expert
+        delegator, expert = builder.delegator(), builder.expert(0)
+    return _facts(config, info, "delegator", delegator), _facts(config, info, "expert", expert)
+
+
+def _facts(config: RunConfig, info: SplitInfo, name: str, network: torch.nn.Module) -> NetworkFacts:
+    for unit in pwlu.units(network):
+        unit.learned = True
+    side, precision = config.data.resolution, config.training.precision
+    try:
+        return count_network(name, network, channels=info.channels, resolution=side, precision=precision)
+    except (RuntimeError, ValueError, AssertionError) as error:  # networks refuse sizes in ways of their own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"data.resolution: {side} is not allowed; the {name} refuses it: {reason}") from error
 
 
 def _assumptions(run: Run, plan: dict[str, Any], *, given: bool) -> list[str]:

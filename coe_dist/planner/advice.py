@@ -10,8 +10,7 @@ _WORTH_WORKERS = 1.2  # nor are more workers where a setting gives nearly as muc
 
 
 def advise(run: Run, gpus: int, bottleneck: str, memory: Memory, fits: bool) -> str:
-    """Names the largest part of the step, and the change with the highest images/s (more workers only where it
-    divides the time by more than half of the factor)."""
+    """Names the largest part of the step and the change that gives the most images/s; or what does not fit."""
     if not fits:
         parts = {name: value for name, value in vars(memory).items() if name != "framework"}
         largest = max(parts, key=parts.__getitem__)
@@ -47,9 +46,8 @@ def _changes(run: Run, gpus: int) -> dict[str, float]:
     if config.router.scope == "global" and gpus > 1 and config.router.where == "replicated":
         speeds["router.scope=local"] = run.with_changes(router={"scope": "local"}).images_per_second(gpus)
     threads = 2 * config.data.loader_threads
-    speeds[f"data.loader_threads={threads}"] = run.with_changes(data={"loader_threads": threads}).images_per_second(
-        gpus
-    )
+    changed = run.with_changes(data={"loader_threads": threads})
+    speeds[f"data.loader_threads={threads}"] = changed.images_per_second(gpus)
     more = 2 * gpus
     faster = run.images_per_second(more)
     if faster > 1.5 * run.images_per_second(gpus) and more <= LARGEST_WORLD:

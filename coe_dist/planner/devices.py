@@ -26,6 +26,7 @@ COMPUTE, BANDWIDTH = 0.5, 0.46  # of the peaks
 LAUNCH = 8e-6  # seconds of the host for one operation, forward or backward
 STEP_LAUNCHES = 40  # operations of an optimizer step: norm, clipping, update of the two parameter groups, engine
 STEP_TRAFFIC = 7  # times the parameters' bytes that an optimizer step reads and writes
+AVERAGE_LAUNCHES, AVERAGE_TRAFFIC = 10, 3  # the same of a moving average of the weights
 ROUTER_ASSIGN = 1.5e-8  # seconds for each image and expert, on one core
 ROUTER_LABELS = 4e-7  # seconds for each pair
 ROUTER_PLAN = 1.2e-7  # seconds for each pair
@@ -102,14 +103,13 @@ def tabulated(
     device = find_device(name)
     experts, k = config.experts.count, config.experts_per_sample
     raw = config.data.source == "fashion-mnist"
-    element = 8 if config.training.precision == "fp64" else 4
     return Rates(
         source=f"tabulated: {name}",
         device=name,
         delegator=_training_cost(device, delegator, config),
         expert=_training_cost(device, expert, config),
-        delegator_step=_step_seconds(device, delegator, element),
-        expert_step=_step_seconds(device, expert, element),
+        delegator_step=_step_seconds(device, delegator, config),
+        expert_step=_step_seconds(device, expert, config),
         router=RouterRates(
             assign=Cost(2e-4, ROUTER_ASSIGN * experts),
             labels=Cost(2e-4, ROUTER_LABELS * k),
@@ -136,6 +136,9 @@ def _training_cost(device: Device, facts: NetworkFacts, config: RunConfig) -> Co
     return Cost(0.0, max(computing, moving), floor=facts.operations * device.launch)
 
 
-def _step_seconds(device: Device, facts: NetworkFacts, element: int) -> float:
-    traffic = STEP_TRAFFIC * facts.parameters * element
-    return STEP_LAUNCHES * device.launch + traffic / (device.memory_bytes_per_second * BANDWIDTH)
+def _step_seconds(device: Device, facts: NetworkFacts, config: RunConfig) -> float:
+    launches, passes = STEP_LAUNCHES, STEP_TRAFFIC
+    if config.training.ema_decay is not None:
+        launches, passes = launches + AVERAGE_LAUNCHES, passes + AVERAGE_TRAFFIC
+    traffic = passes * facts.parameters * (8 if config.training.precision == "fp64" else 4)
+    return launches * device.launch + traffic / (device.memory_bytes_per_second * BANDWIDTH)

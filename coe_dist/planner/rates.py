@@ -56,7 +56,7 @@ class Rates:
     device: str
     delegator: Cost  # forward, loss and backward of n images, seconds
     expert: Cost
-    delegator_step: float  # norm, clipping and optimizer
+    delegator_step: float  # norm, clipping, optimizer and, where the run has one, the average of the weights
     expert_step: float
     router: RouterRates
     inside: Link  # between workers of one machine

@@ -36,14 +36,15 @@ def predict_step(
 ) -> StepTime:
     """A step of config.training.accumulation micro-batches; `layout` is of one of them."""
     repeats = config.training.accumulation
-    computing = [h * rates.expert.seconds(rows) for h, rows in zip(layout.hosted, layout.rows_of_expert, strict=True)]
+    pairs = zip(layout.hosted.tolist(), layout.rows_of_expert.tolist(), strict=True)
+    computing = [hosted * rates.expert.seconds(rows) for hosted, rows in pairs]
     work = {
         "delegator": repeats * rates.delegator.seconds(float(layout.images.max())),
         "route": repeats * _route(config, layout, rates),
         "exchange": repeats * _exchange(layout, rates),
         "experts": repeats * max(computing),
         "reduce": _reduce(config, layout, rates, delegator, expert),
-        "optimizer": _optimizer(config, layout, rates, delegator, expert),
+        "optimizer": rates.delegator_step + float(layout.hosted.max()) * rates.expert_step,
     }
     work, loader = _loader(config, layout, rates, work)
     return StepTime({"loader": loader, **work}, computing.index(max(computing)))
@@ -108,12 +109,3 @@ def _reduce(config: RunConfig, layout: Layout, rates: Rates, delegator: NetworkF
             layers = 2 * facts.batchnorms * config.training.accumulation  # forward and backward
             seconds += layers * rounds * link.latency
     return seconds + 2 * collective_rounds(layout.world) * _link(layout, rates, layout.world).latency
-
-
-def _optimizer(config: RunConfig, layout: Layout, rates: Rates, delegator: NetworkFacts, expert: NetworkFacts) -> float:
-    hosted = float(layout.hosted.max())
-    seconds = rates.delegator_step + hosted * rates.expert_step
-    if config.training.ema_decay is not None:
-        moved = 3 * _ELEMENT[config.training.precision] * (delegator.parameters + hosted * expert.parameters)
-        seconds += moved / rates.copy_bytes_per_second
-    return seconds

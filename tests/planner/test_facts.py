@@ -8,6 +8,7 @@ from planner.planned import config_of
 from torch import nn
 
 from coe_dist.bench.planning import data_of, facts_of
+from coe_dist.errors import InputError
 from coe_dist.planner.facts import count_network
 from coe_dist.planner.memory import OPTIMIZER_TENSORS
 from coe_dist.training.networks import NetworkBuilder
@@ -111,3 +112,24 @@ def test_the_table_has_every_optimizer_of_the_configuration() -> None:
     from coe_dist.config import OptimizerConfig
 
     assert set(get_args(OptimizerConfig.model_fields["name"].annotation)) <= set(OPTIMIZER_TENSORS)
+
+
+def test_networks_with_every_option_are_counted_and_refusals_have_one_line() -> None:
+    options = {"activation": "pwlu", "condconv": 4, "resolution": 96}
+    imagefolder = {"source": "imagefolder", "resolution": 128}
+    section = {"network": "timm/mobilenetv3_small_050", "options": options}
+    plain = {"network": "timm/mobilenetv3_small_050", "options": {"resolution": 96}}
+    training = {"epochs": 9}
+
+    def facts(delegator: dict[str, object]):
+        config = config_of(data=imagefolder, delegator=delegator, training=training)
+        return facts_of(config, data_of(config)[0])[0]
+
+    rich, poor, large = facts(section), facts(plain), facts({**plain, "options": {}})
+    assert rich.macs > poor.macs
+    assert rich.traffic_bytes_per_image > poor.traffic_bytes_per_image
+    assert rich.operations > poor.operations
+    assert large.macs == pytest.approx(poor.macs * (128 / 96) ** 2, rel=0.15)
+    vit = config_of(data={**imagefolder, "resolution": 100}, delegator={"network": "timm/vit_tiny_patch16_224"})
+    with pytest.raises(InputError, match=r"^data.resolution: 100 is not allowed; the delegator refuses it: [^\n]+$"):
+        facts_of(vit, data_of(vit)[0])
