@@ -27,7 +27,6 @@ def make_plan(run: Run, gpus: int) -> dict[str, Any]:
     rank, memory = fullest_rank(run.config, layout, run.delegator, run.expert, rates.framework_bytes)
     epochs = _epochs(run, gpus)
     hours = (epochs["train_seconds"] + epochs["evaluation_seconds"]) / 3600
-    bottleneck = max(step.parts, key=step.parts.__getitem__)
     fits = memory.total <= rates.memory_bytes
     return {
         "name": run.config.name,
@@ -62,8 +61,8 @@ def make_plan(run: Run, gpus: int) -> dict[str, Any]:
         **epochs,
         "hours": hours,
         "gpu_hours": hours * gpus,
-        "bottleneck": bottleneck,
-        "advice": advise(run, gpus, bottleneck, memory, fits),
+        "bottleneck": step.bottleneck,
+        "advice": advise(run, gpus, step.bottleneck, memory, fits),
         "scaling": scaling(run, gpus),
         "rates": asdict(rates),
     }

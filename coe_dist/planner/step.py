@@ -1,9 +1,9 @@
 """Seconds of one training step, part by part, on the slowest ranks (training/step.py is what is predicted).
 
 The parts follow each other, because each needs the one before and a collective stands between them; so a step takes the
-sum over the parts of the slowest rank's seconds in each. Two things overlap: FFCV's thread decodes the next batches
-meanwhile (it costs nothing while there are free cores, see `_loader`), and one float per pair travels back while the
-experts run backward (only the start of that transfer is counted).
+sum over the parts of the slowest rank's seconds in each. Two things overlap. FFCV's thread decodes the next batches
+meanwhile, which costs nothing while there are free cores (see `_with_loader`). One float per pair travels back while
+the experts run backward; only the start of that transfer is counted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ _ELEMENT = {"fp32": 4, "bf16": 4, "fp64": 8}
 class StepTime:
     parts: dict[str, float]  # seconds of a whole optimizer step, in the order of PARTS
     slowest_rank: int  # whose experts have most to do
+    waits_for_loader: bool  # decoding alone takes longer than all else
+
+    @property
+    def work(self) -> float:
+        """Seconds without waiting for images."""
+        return self.seconds - self.parts["loader"]
+
+    @property
+    def bottleneck(self) -> str:
+        return "loader" if self.waits_for_loader else max(self.parts, key=self.parts.__getitem__)
 
     @property
     def seconds(self) -> float:
@@ -46,13 +56,14 @@ def predict_step(
         "reduce": _reduce(config, layout, rates, delegator, expert),
         "optimizer": rates.delegator_step + float(layout.hosted.max()) * rates.expert_step,
     }
-    work, loader = _loader(config, layout, rates, work)
-    return StepTime({"loader": loader, **work}, computing.index(max(computing)))
+    return _with_loader(config, layout, rates, work, computing.index(max(computing)))
 
 
-def _loader(config: RunConfig, layout: Layout, rates: Rates, work: dict[str, float]) -> tuple[dict[str, float], float]:
+def _with_loader(
+    config: RunConfig, layout: Layout, rates: Rates, work: dict[str, float], slowest_rank: int
+) -> StepTime:
     """What the cores of a machine allow: workers beyond the cores take turns, and decoding that finds no free core is
-    added to the step. Returns the parts as they then are, and the seconds that remain visible of loading."""
+    added to the step."""
     workers = min(layout.world, layout.per_node)
     cores = rates.cores_per_worker * rates.per_node
     threads = config.workers.threads if rates.device in ("cpu", "here") else 1
@@ -60,8 +71,10 @@ def _loader(config: RunConfig, layout: Layout, rates: Rates, work: dict[str, flo
     busy = sum(work.values())
     decoding = config.training.accumulation * float(layout.images.max()) * rates.loader_seconds_per_image
     alone = decoding / config.data.loader_threads
-    step = max(busy * turns, alone, workers * (busy * threads + decoding) / cores)
-    return {name: seconds * turns for name, seconds in work.items()}, step - busy * turns
+    shared = max(busy * turns, workers * (busy * threads + decoding) / cores)
+    parts = {"loader": max(shared, alone) - busy * turns}
+    parts |= {name: seconds * turns for name, seconds in work.items()}
+    return StepTime(parts, slowest_rank, waits_for_loader=alone > shared)
 
 
 def _route(config: RunConfig, layout: Layout, rates: Rates) -> float:
