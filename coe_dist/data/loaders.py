@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from coe_dist.data.batches import SplitReader
 from coe_dist.errors import InputError
+
+
+def check_loader(name: str) -> None:
+    """Raises InputError where `name` needs a package that is not installed; imports nothing."""
+    if name == "ffcv" and importlib.util.find_spec("ffcv") is None:
+        raise InputError("data.loader: ffcv is not allowed, FFCV is not installed here; give torchvision")
 
 
 def open_loader(name: str, beton: Path, **options: Any) -> SplitReader:

@@ -1,8 +1,8 @@
 """A file -> the uint8 pixels that evaluation would give the networks for this image, or the reason why not.
 
-Decoding is the data set writer's (coe_dist.data.pixels), cropping and resizing the evaluation loader's: OpenCV's area
-interpolation, which is what FFCV calls. So an image gets the very pixels it would have had in a data set written with
-the same max_resolution and stored raw; images stored as JPEG there (jpeg_fraction) were compressed once more.
+Decoding is the data set writer's (coe_dist.data.pixels), cropping and resizing the evaluation loader's
+(coe_dist.data.resample). So an image gets the very pixels it would have had in a data set written with the same
+max_resolution and stored raw; images stored as JPEG there (jpeg_fraction) were compressed once more.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def prepare(image: Image.Image, preparation: Preparation) -> Pixels:
     shorter side, and resized. For networks of one channel colours become their luma (ITU-R 601), which leaves gray
     images as they are.
     """
-    import cv2
+    from coe_dist.data.resample import resample  # compiled when first used
 
     if preparation.channels == 1:
         image = image.convert("L").convert("RGB")  # resized like the data set's, which FFCV stores in three channels
@@ -63,7 +63,7 @@ def prepare(image: Image.Image, preparation: Preparation) -> Pixels:
     if pixels_HWC.shape[:2] != (side, side) or preparation.crop_all:
         height, width = pixels_HWC.shape[:2]
         top, left, size, _ = (int(v) for v in centre_crops(np.array([height]), np.array([width]))[0])
-        pixels_HWC = pixels_HWC[top : top + size, left : left + size]
-        if size != side:
-            pixels_HWC = cv2.resize(pixels_HWC, (side, side), interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
+        pixels_CHW = np.empty((preparation.channels, side, side), np.uint8)
+        resample(np.ascontiguousarray(pixels_HWC), top, left, size, size, 0, 0, False, pixels_CHW)
+        return pixels_CHW
     return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)[: preparation.channels])

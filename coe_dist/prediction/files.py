@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from coe_dist.data.imagefolder import SUFFIXES
+from coe_dist.data.listing import SUFFIXES
 from coe_dist.errors import InputError
 
 
@@ -28,7 +28,7 @@ def list_images(names: Sequence[str]) -> Listing:
     """The files that `names` mean, in the order of the names, every file once (at its first place).
 
     A file is taken whatever it is called. A folder stands for the images below it (by their endings, see
-    imagefolder.SUFFIXES): its own sorted by name, then those of its sorted subfolders; hidden ones are left out. A
+    listing.SUFFIXES): its own sorted by name, then those of its sorted subfolders; hidden ones are left out. A
     name with *, ? or [ that does not exist is a pattern (** for any depth), its matches sorted, hidden ones left out.
     Two names of one file in one folder, however the folder is reached, are one file; links to it are files of their
     own. Raises InputError for a name that is nothing of that, a pattern without a match, and when there is no image.

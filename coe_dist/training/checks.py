@@ -10,6 +10,7 @@ import torch
 
 from coe_dist.coe.macs import exit_rate_for_budget
 from coe_dist.config import RunConfig
+from coe_dist.data.loaders import check_loader
 from coe_dist.data.sidecar import SPLITS, SplitInfo, read_sidecar
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
@@ -18,6 +19,7 @@ from coe_dist.training.networks import NetworkBuilder
 
 def check_run(config: RunConfig) -> NetworkBuilder:
     """Reads side-cars and labels, and builds each kind of network once. Raises InputError naming the field or file."""
+    check_loader(config.data.loader)
     folder = Path(config.data.folder)
     infos = {split: read_sidecar(folder / f"{split}.beton") for split in SPLITS}
     train = infos["train"]

@@ -17,7 +17,7 @@ import torch
 from coe_dist.config import AugmentationConfig
 from coe_dist.data.batches import Batch
 from coe_dist.data.beton import write_dataset
-from coe_dist.data.loaders import open_loader
+from coe_dist.data.loaders import check_loader, open_loader
 from coe_dist.errors import InputError, TrainingError
 
 CROPS = AugmentationConfig(random_resized_crop=True, shift=2)
@@ -94,7 +94,7 @@ def test_it_works_where_ffcv_does_not_load(fashion: Path) -> None:
     program = f"""
 import sys
 sys.modules["ffcv"] = None
-from coe_dist.data.loaders import open_loader
+from coe_dist.data.loaders import check_loader, open_loader
 from coe_dist.errors import InputError
 options = dict(global_batch=50, rank=0, world_size=1, resolution=28, seed=0, train=True, augmentation=None)
 loader = open_loader("torchvision", {str(fashion / "train.beton")!r}, **options)
@@ -122,3 +122,10 @@ def test_labels_outside_the_classes_are_refused(fashion: Path, tmp_path: Path) -
     (tmp_path / "train.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="label 9 is outside the 9 classes"):
         read("torchvision", tmp_path / "train.beton")
+
+
+def test_a_missing_package_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_loader("torchvision")
+    with pytest.raises(InputError, match=r"data\.loader: ffcv is not allowed, FFCV is not installed here"):
+        check_loader("ffcv")
