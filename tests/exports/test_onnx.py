@@ -170,11 +170,9 @@ def test_learned_activations_and_sizes_of_their_own(tmp_path: Path) -> None:
         {"width": 0.2, "activation": "pwlu", "resolution": 32},
     )
     weights = colour_weights(tmp_path / "weights", "small_cnn", "small_cnn", options)
-    learned = [
-        unit.learned for expert in CollaborationOfExperts.from_pretrained(weights).experts for unit in units(expert)
-    ]
-    assert learned
-    assert all(learned)
+    model = CollaborationOfExperts.from_pretrained(weights)
+    for network in (model.delegator, *model.experts):
+        assert {unit.learned for unit in units(network)} == {True}
     check_conversion(weights, tmp_path)
 
 

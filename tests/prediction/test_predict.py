@@ -116,10 +116,11 @@ def test_csv_table_and_json(
     assert [row["file"] for row in json.loads(output)["predictions"]] == ["00.png", "01.png", "02.png", "03.png"]
     assert len(out.read_text().splitlines()) == 5
 
-    code, output, _ = coe_dist("predict", str(weights), "03.png")
+    code, output, _ = coe_dist("predict", str(weights), "03.png", "--top", "2")
     assert code == 0
     assert "03.png" in output
     assert f"{expected[3][1][0]:.4f}" in output
+    assert f"{expected[3][0][1]} {expected[3][1][1]:.4f}" in output
     code, _, errors = coe_dist("predict", str(weights), *BROKEN, "--csv", str(tmp_path / "none.csv"))
     assert code == 2
     assert errors.splitlines()[-1].startswith("coe-dist: IMAGES: none of 2 files could be read; the first: 20-broken")
