@@ -16,7 +16,7 @@ from coe_dist.coe import modules, pwlu
 from coe_dist.config import RunConfig
 from coe_dist.data.sidecar import SplitInfo
 from coe_dist.parallel.groups import Group, Groups
-from coe_dist.planner.devices import JPEG_SECONDS, RAW_SECONDS
+from coe_dist.planner.devices import IMAGE_SECONDS, RAW_SECONDS
 from coe_dist.planner.layout import Layout
 from coe_dist.planner.rates import Cost
 from coe_dist.training.engines import NetworkEngine, wide
@@ -159,11 +159,12 @@ def measure_loader(setting: Setting) -> Record:
     data, beton = setting.config.data, Path(setting.config.data.folder) / "train.beton"
     if not beton.is_file():
         raw = setting.info.shape is not None and max(setting.info.shape) < 64
-        return {"loader_seconds_per_image": RAW_SECONDS if raw else JPEG_SECONDS}
-    from coe_dist.data.loader import SplitLoader
+        return {"loader_seconds_per_image": RAW_SECONDS if raw else IMAGE_SECONDS}
+    from coe_dist.data.loaders import open_loader
 
     images = LOADER_IMAGES * setting.groups.world.size
-    loader = SplitLoader(
+    loader = open_loader(
+        data.loader,
         beton,
         global_batch=setting.config.micro_batch,
         rank=setting.groups.rank,

@@ -8,7 +8,7 @@ slowest rank's seconds.
     networks   forward, loss and backward of the delegator and of one expert, at two numbers of rows; the engines' step
     router     assign, labels and plan at two sizes of batch, on scores like those of a trained delegator
     exchange   dispatch() and combine() of a tiny and of a real batch; all-reduce of a few numbers and of the gradients
-    loader     processor time of a SplitLoader where the data set is there, else the table's figure
+    loader     processor time of reading where the data set is there, else the table's figure
 """
 
 from __future__ import annotations

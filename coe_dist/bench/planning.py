@@ -12,7 +12,7 @@ from coe_dist.coe import pwlu
 from coe_dist.config import RunConfig
 from coe_dist.data.sidecar import SplitInfo, read_sidecar, sidecar_path
 from coe_dist.errors import InputError
-from coe_dist.planner.devices import default_network, find_device, parse_bandwidth, tabulated
+from coe_dist.planner.devices import BANDWIDTH, COMPUTE, default_network, find_device, parse_bandwidth, tabulated
 from coe_dist.planner.facts import NetworkFacts, count_network
 from coe_dist.planner.plan import check_world, make_plan
 from coe_dist.planner.run import Run
@@ -96,22 +96,23 @@ def _facts(config: RunConfig, info: SplitInfo, name: str, network: torch.nn.Modu
 
 
 def _assumptions(run: Run, plan: dict[str, Any], *, given: bool) -> list[str]:
-    rates, config = run.rates, run.config
-    lines = []
+    rates = run.rates
     if rates.device == "here":
-        lines.append(
+        line = (
             f"{rates.per_node} workers a machine with {rates.cores_per_worker * rates.per_node:g} cores; what finds no "
             "free core (decoding, more workers than cores) is added to the step"
         )
     else:
-        lines.append(
-            "networks reach at most half of the device's peak FLOP/s and half of its memory bandwidth, 8 us to launch "
-            "an operation: our figures, not measured on this device (coe_dist/planner/devices.py)"
+        line = (
+            f"networks reach at most {COMPUTE:.0%} of the device's peak FLOP/s and {BANDWIDTH:.0%} of its memory "
+            f"bandwidth, {rates.small_operation * 1e6:g} us to launch an operation: our figures, not measured on this "
+            "device (coe_dist/planner/devices.py)"
         )
-        lines.append(
-            f"{1 / rates.loader_seconds_per_image:,.0f} images/s decoded by a core, {config.data.loader_threads} "
-            f"loader threads and {rates.cores_per_worker:g} cores a worker"
-        )
+    lines = [
+        line,
+        f"{1 / rates.loader_seconds_per_image:,.0f} images/s read by a core, {run.config.data.loader_threads} loader "
+        f"threads and {rates.cores_per_worker:g} cores a worker",
+    ]
     if plan["nodes"] > 1 and not given:
         lines.append(f"{default_network(rates.device) / 1e9:g} GB/s for each worker between machines (--network)")
     lines.append("start-up, checkpoints and restarts take no time")

@@ -32,7 +32,8 @@ ROUTER_LABELS = 4e-7  # seconds for each pair
 ROUTER_PLAN = 1.2e-7  # seconds for each pair
 ROUTER_PLAN_PEER = 3e-5  # seconds for each rank
 COPY = 0.4  # of the memory bandwidth that gathering images reaches
-JPEG_SECONDS = 1 / 700  # of one core to decode a JPEG of about 256 pixels a side, crop and resize it
+# of one core, to decode, crop and resize an image of at most 500 pixels a side, half of them JPEG (`bench loader`)
+IMAGE_SECONDS = 1 / 1500
 RAW_SECONDS = 1 / 40_000  # to copy a small raw image
 NETWORK = {True: 25e9, False: 1.25e9}  # bytes per second of a GPU (200 Gbit/s), of a CPU worker, between machines
 NETWORK_LATENCY = 1e-5
@@ -121,7 +122,7 @@ def tabulated(
         between=Link(NETWORK_LATENCY, network or default_network(name)),
         copy_bytes_per_second=device.memory_bytes_per_second * COPY,
         small_operation=device.launch,
-        loader_seconds_per_image=RAW_SECONDS if raw else JPEG_SECONDS,
+        loader_seconds_per_image=RAW_SECONDS if raw else IMAGE_SECONDS,
         cores_per_worker=device.cores_per_worker,
         memory_bytes=device.memory_bytes,
         framework_bytes=device.framework_bytes,
