@@ -130,6 +130,9 @@ def test_networks_with_every_option_are_counted_and_refusals_have_one_line() -> 
     assert rich.traffic_bytes_per_image > poor.traffic_bytes_per_image
     assert rich.operations > poor.operations
     assert large.macs == pytest.approx(poor.macs * (128 / 96) ** 2, rel=0.15)
-    vit = config_of(data={**imagefolder, "resolution": 100}, delegator={"network": "timm/vit_tiny_patch16_224"})
+    vit = config_of(
+        data={**imagefolder, "resolution": 100},
+        delegator={**plain, "network": "timm/vit_tiny_patch16_224", "options": {}},
+    )
     with pytest.raises(InputError, match=r"^data.resolution: 100 is not allowed; the delegator refuses it: [^\n]+$"):
         facts_of(vit, data_of(vit)[0])
