@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from coe_dist.data.samples import quarantine_path
-from coe_dist.data.sidecar import SPLITS, SplitInfo, WriteOptions, read_sidecar
+from coe_dist.data.sidecar import SPLITS, Quarantined, SplitInfo, WriteOptions, read_sidecar
 from coe_dist.data.sources import SOURCES, Source, open_source
 from coe_dist.data.write_split import write_split
 from coe_dist.data.writing import Writing
@@ -114,6 +114,7 @@ def _write(
         }
     report: dict[str, Any] = {"splits": {}, "warnings": []}
     source: Source | None = None
+    _check_bad([item for info in present.values() for item in info.quarantined], writing.max_bad)
     if len(present) < len(betons):
         source = open_it()
         report["warnings"] = list(source.warnings)
@@ -168,7 +169,10 @@ def _check_source(
     for split, info in present.items():
         if info.classes != source.classes:
             raise InputError(f"{betons[split]}: its classes differ from those of the source; use --overwrite")
-    bad = [item for images in source.splits.values() for item in images.quarantined]
+    _check_bad([item for images in source.splits.values() for item in images.quarantined], max_bad)
+
+
+def _check_bad(bad: Sequence[Quarantined], max_bad: int | None) -> None:
     if max_bad is not None and len(bad) > max_bad:
         first = f"the first is {bad[0].file} ({bad[0].reason})"
         raise InputError(f"max_bad: {max_bad} is less than the {len(bad)} images that cannot be read; {first}")

@@ -15,6 +15,8 @@ from coe_dist.data.sidecar import SplitInfo, read_sidecar, sha256_of
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
 
+_AT_ONCE = 4096
+
 
 def verify(beton: Path, *, workers: int = 1, progress: bool = False) -> dict[str, Any]:
     """Checks the file against its side-car and its list of samples, and decodes every image, in `workers` threads.
@@ -74,9 +76,11 @@ def _damaged(
         ThreadPoolExecutor(workers, "verify") as pool,
         progress_bar(f"{stored.beton.name}: verifying", len(stored), progress) as on_progress,
     ):
-        for index, reason in enumerate(pool.map(fault, range(len(stored)))):
-            on_progress(index + 1)
-            if reason is not None:
-                file = None if samples is None else samples[index].file
-                damaged.append({"sample": index, "file": file, "reason": reason})
+        for start in range(0, len(stored), _AT_ONCE):  # the pool takes in all that it is given at once
+            end = min(start + _AT_ONCE, len(stored))
+            for index, reason in enumerate(pool.map(fault, range(start, end)), start):
+                if reason is not None:
+                    file = None if samples is None else samples[index].file
+                    damaged.append({"sample": index, "file": file, "reason": reason})
+            on_progress(end)
     return damaged

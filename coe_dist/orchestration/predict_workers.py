@@ -21,6 +21,7 @@ from coe_dist.config import parse_config
 from coe_dist.errors import InputError, TrainingError
 from coe_dist.orchestration.failures import describe_failure, root_cause
 from coe_dist.orchestration.ray_session import RaySession, session_for
+from coe_dist.orchestration.shares import part_of
 from coe_dist.prediction.answers import Row, answer, chunks_of
 from coe_dist.prediction.decode import decode
 from coe_dist.prediction.model import Opened
@@ -99,14 +100,13 @@ def _start(model: list[Any], session: RaySession, workers: int, top: int) -> lis
     import ray
 
     free = session.cpus if session.local else float(ray.available_resources().get("CPU", 0.0))
-    # Ray counts in steps of 1/10000; rounded down so that all workers fit together
-    cpus = 1.0 if workers <= session.cpus else int(session.cpus / workers * 10_000) / 10_000
+    cpus = part_of(session.cpus, workers, local=session.local)
     if cpus * workers > free:
         raise InputError(
             f"--workers: {workers} is not allowed; the cluster at {session.address} has {free:g} free of "
             f"{session.cpus:g} cores, give fewer or wait for a place"
         )
-    gpus = min(1.0, int(session.gpus / workers * 10_000) / 10_000)
+    gpus = part_of(session.gpus, workers, local=False)  # a part of a GPU is taken from one of them
     threads = max(1, int(session.cpus // workers)) if session.local else 1
     actor = ray.remote(PredictionWorker).options(
         num_cpus=cpus,

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -64,11 +65,11 @@ def run_under_ray(
         return
     share = share_of(job.config, session)
     run_dir = Path(job.run_dir)
-    storage = run_dir / "ray"
     name = _unused_name(run_dir)
+    storage = run_dir / "ray" / name  # of this job alone: an evaluation may run beside the training
     (run_dir / "error.txt").unlink(missing_ok=True)
     storage.mkdir(parents=True, exist_ok=True)
-    began = storage / f"{name}.began"
+    began = storage / "began"
 
     def ask() -> bool:
         if stop is None or not began.exists():
@@ -81,6 +82,8 @@ def run_under_ray(
             _fit(worker_fn, job, session, name, share, began)
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+        with suppress(OSError):  # another job's is there
+            storage.parent.rmdir()
 
 
 def _fit(
@@ -104,7 +107,7 @@ def _fit(
     from coe_dist.orchestration.torch_backend import MeetingConfig
 
     config, run_dir = job.config, Path(job.run_dir)
-    patience = Patience(ROOM_SECONDS, max(ROOM_SECONDS, config.training.timeout_seconds))
+    patience = Patience(name, ROOM_SECONDS, max(ROOM_SECONDS, config.training.timeout_seconds))
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _register_sigint_handler(self, controller: Any) -> None:
@@ -113,7 +116,9 @@ def _fit(
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             parts["failure_policy"] = RestartPolicy(self.run_config.failure_config, run_dir, patience)
             if self.scaling_config.elasticity_enabled:
-                parts["scaling_policy"] = GrowAfterSave(self.scaling_config, run_dir, patience)
+                parts["scaling_policy"] = GrowAfterSave(
+                    self.scaling_config, run_dir, patience, epochs=config.training.epochs
+                )
             return super()._initialize_and_run_controller(**parts)
 
     directory = os.getcwd() if session.local else None
@@ -136,7 +141,7 @@ def _fit(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(run_dir / "ray"),
+            storage_path=str(began.parent),
             failure_config=ray.train.FailureConfig(max_failures=config.workers.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(config, session, share.gpus > 0)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),

@@ -6,10 +6,11 @@ the file of the workers' warnings, which the driver relays (see worker_output.py
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -24,6 +25,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Traini
 
 from coe_dist.orchestration.failures import restartable, root_cause, tells_of_a_loss, write_account
 from coe_dist.orchestration.worker_output import warnings_log
+from coe_dist.training.stopping import preempted_at, stop_wished
 
 _STARTUP_ATTEMPTS = 3  # in a row; a machine that dies can take a start or two with it before Ray knows
 _ASK_SECONDS = 1.0
@@ -35,15 +37,29 @@ class NoRoomError(Exception):
 
 
 class Patience:
-    """How long the workers may wait for room: less before they have run for the first time."""
+    """How long the workers of a job may wait for room: less before they have run for the first time.
 
-    def __init__(self, first_seconds: float, again_seconds: float) -> None:
+    Ray Train's controller gets both policies as pickles of their own; the waits they see are one all the same.
+    """
+
+    _of_jobs: ClassVar[dict[str, Patience]] = {}  # of this process
+
+    def __init__(self, job: str, first_seconds: float, again_seconds: float) -> None:
+        self._arguments = (job, first_seconds, again_seconds)
         self.seconds, self._again = first_seconds, again_seconds
         self._since = self._asked = float("-inf")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Patience._shared, self._arguments
+
+    @staticmethod
+    def _shared(job: str, first_seconds: float, again_seconds: float) -> Patience:
+        return Patience._of_jobs.setdefault(job, Patience(job, first_seconds, again_seconds))
+
     def more(self) -> None:
-        """The workers have run."""
+        """The workers have run: the wait is over, and the next one may be longer."""
         self.seconds = self._again
+        self._since = self._asked = float("-inf")
 
     def begins(self, spent: float) -> bool:
         """There was no room for the last `spent` seconds. Returns whether that is the beginning of a wait."""
@@ -75,6 +91,7 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
         error = training_failed_error
         if isinstance(error, PreemptionError):
             self._patience.more()
+            self._failed_starts = 0
             return self._after_drain()
         if isinstance(error, WorkerGroupError):
             self._patience.more()
@@ -95,7 +112,8 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
 
     def _after_failures(self, failures: dict[int, Exception]) -> FailureDecision:
         allowed = self.failure_config.max_failures
-        if not restartable(failures) or self._failures >= allowed:
+        saved_to_end = preempted_at(self._run_dir) is not None  # nobody is missed any more
+        if saved_to_end or not restartable(failures) or self._failures >= allowed:
             return FailureDecision.RAISE
         self._failures += 1
         write_account(self._run_dir, failures)
@@ -122,15 +140,16 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
 class GrowAfterSave(ElasticScalingPolicy):  # type: ignore[misc]
     """Ray Train's elastic number of workers, by our own rules.
 
-    1. Growing restarts all workers from the newest checkpoint, so they grow only just after one was saved, and at most
-       every `elastic_resize_monitor_interval_s`.
+    1. Growing restarts all workers from the newest checkpoint, so they grow only just after one was saved, at most
+       every `elastic_resize_monitor_interval_s`, and neither when only the last evaluation is left nor when they are to
+       stop.
     2. Fewer than the configured minimum wait for machines, but not for ever.
     3. What is counted is fresh, and after a start that found no room it is what is really free.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, run_dir: Path, patience: Patience) -> None:
+    def __init__(self, scaling_config: ScalingConfig, run_dir: Path, patience: Patience, *, epochs: int) -> None:
         super().__init__(scaling_config)
-        self._run_dir, self._patience = run_dir, patience
+        self._run_dir, self._patience, self._epochs = run_dir, patience, epochs
         self._latest = run_dir / "checkpoints" / "latest"
         self._seen = ""
         self._failed_starts = 0
@@ -155,11 +174,13 @@ class GrowAfterSave(ElasticScalingPolicy):  # type: ignore[misc]
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._maybe_send_resource_request()
-        newest = self._newest()
-        running = time.monotonic() - worker_group_state.start_time
-        if newest == self._seen or running < self.scaling_config.elastic_resize_monitor_interval_s:
-            return NoopDecision()
+        seen, newest = self._seen, self._newest()
         self._seen = newest
+        running = time.monotonic() - worker_group_state.start_time
+        if newest == seen or running < self.scaling_config.elastic_resize_monitor_interval_s:
+            return NoopDecision()
+        if stop_wished(self._run_dir) or self._complete(newest):
+            return NoopDecision()
         now, reserved = worker_group_state.num_workers, self._get_reserved_resources()
         possible = now if reserved is None else self._count_possible_workers(reserved)
         possible = min(possible, now + self._count_possible_workers(available_resources_per_node()))
@@ -185,6 +206,13 @@ class GrowAfterSave(ElasticScalingPolicy):  # type: ignore[misc]
         if self._failed_starts:
             count = min(count, int(super()._count_possible_workers(available_resources_per_node())))
         return count
+
+    def _complete(self, save: str) -> bool:
+        try:
+            manifest = json.loads((self._latest.parent / save / "manifest.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return int(manifest["epoch"]) >= self._epochs
 
     def _newest(self) -> str:
         try:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from coe_dist import tracking
 from coe_dist.config import NetworkConfig, RunConfig
-from coe_dist.errors import InputError, Preempted
+from coe_dist.errors import InputError, Preempted, TrainingError
 from coe_dist.orchestration.progress import ProgressDisplay
 from coe_dist.orchestration.ray_session import RaySession, session_for
 from coe_dist.orchestration.ray_train import run_under_ray
-from coe_dist.orchestration.resources import usable_cores
+from coe_dist.orchestration.resources import usable_cores, usable_gpus
 from coe_dist.orchestration.shares import check_workers
 from coe_dist.training.run_folder import (
     check_folder,
@@ -100,7 +100,11 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
     status: tracking.Status = "FAILED"
     display.start()
     try:
-        run_under_ray(run_worker_with_actor, job, session=session, stop=lambda: request_stop(run_dir))
+        try:
+            run_under_ray(run_worker_with_actor, job, session=session, stop=lambda: request_stop(run_dir))
+        except TrainingError:
+            if preempted_at(run_dir) is None:  # else a worker died after all was saved
+                raise
         if (step := preempted_at(run_dir)) is not None:
             raise Preempted(f"preempted at step {step}, resumable: the same command goes on from there")
         status = "FINISHED"
@@ -155,7 +159,7 @@ def evaluate(
     check_threshold(threshold, macs_budget)
     workers = config.workers
     if address is None and not workers.oversubscribe:
-        count = min(workers.most, usable_cores())
+        count = min(workers.most, usable_cores(), *filter(None, [usable_gpus() if workers.device != "cpu" else 0]))
         workers = workers.model_copy(update={"count": count, "min": None, "max": None})
     config = config.model_copy(update={"workers": workers})
     builder = check_run(config)

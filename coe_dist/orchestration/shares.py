@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from coe_dist.config import RunConfig
@@ -56,9 +57,7 @@ def share_of(config: RunConfig, session: RaySession) -> Share:
         _refuse_missing_gpus(config, session.gpus, where)
     gpus = 1.0 if workers.device == "gpu" or (workers.device == "auto" and session.gpus >= fewest) else 0.0
     if not workers.elastic:
-        # Ray counts in steps of 1/10000; rounded down so that all workers fit together.
-        cpus = 1.0 if fewest <= session.cpus else int(session.cpus / fewest * 10_000) / 10_000
-        return Share(fewest, most, cpus, gpus)
+        return Share(fewest, most, part_of(session.cpus, fewest, local=session.local), gpus)
     cpus = 1.0
     while workers.oversubscribe and cpus * most > session.cpus and cpus > _SMALLEST_ELASTIC_SHARE:
         cpus /= 2
@@ -70,6 +69,18 @@ def share_of(config: RunConfig, session: RaySession) -> Share:
     if session.local:
         most = min(most, int(session.cpus / cpus), int(session.gpus) if gpus else most)
     return Share(fewest, most, cpus, gpus)
+
+
+def part_of(there: float, workers: int, *, local: bool) -> float:
+    """CPUs (or GPUs) of each of `workers`: a whole one where there are enough, else a part, so that all find a place.
+
+    Ray counts in steps of 1/10000 and takes a worker's part from one machine: on a cluster only 1/2, 1/3, ... fill any
+    machines to the end.
+    """
+    if workers <= there:
+        return 1.0
+    part = there / workers if local else 1.0 / math.ceil(workers / there) if there else 0.0
+    return math.floor(part * 10_000) / 10_000
 
 
 def place_of(session: RaySession) -> str:

@@ -48,6 +48,11 @@ def preempted_at(run_dir: Path) -> int | None:
     return int(json.loads(path.read_text())["step"]) if path.is_file() else None
 
 
+def stop_wished(run_dir: Path) -> bool:
+    """Also when an answer was given already: whoever is started after it has nothing to do."""
+    return (run_dir / REQUEST).exists() or (run_dir / ANSWER).exists()
+
+
 class StopRequest:
     """Looks for the wish, at most twice a second; cheap enough to ask in every step."""
 
@@ -59,7 +64,7 @@ class StopRequest:
     def __bool__(self) -> bool:
         if not self._wished and time.monotonic() - self._asked >= _POLL_SECONDS:
             self._asked = time.monotonic()
-            self._wished = (self._run_dir / REQUEST).exists()
+            self._wished = stop_wished(self._run_dir)
         return self._wished or _received.is_set()
 
     def answer(self, step: int) -> None:

@@ -25,7 +25,7 @@ from coe_dist.training.networks import NetworkBuilder, averages_of, collaboratio
 from coe_dist.training.run_folder import evaluation_file
 from coe_dist.training.single import SingleStep
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
-from coe_dist.training.thresholds import Threshold
+from coe_dist.training.thresholds import Threshold, stored_threshold
 
 Batches = Callable[[str], Iterable[MicroBatch]]  # split -> this rank's batches of it
 
@@ -225,13 +225,18 @@ class CollaborationTask:
         return metrics
 
     def finish(self, batches: Batches, step: int) -> None:
-        self.report(
-            batches,
-            ("validation", "test"),
-            step=step,
-            budget=self.config.early_exit.macs_budget,
-            given=Threshold(self.config.early_exit.threshold),
-        )
+        exits, kept = self.config.early_exit, stored_threshold(self.run_dir)
+        if kept is not None and kept.calibrated_for == self._networks(
+            step
+        ):  # by a user, since: a run without steps left
+            self.report(batches, ("validation", "test"), step=step, budget=None, given=kept)
+        else:
+            self.report(
+                batches, ("validation", "test"), step=step, budget=exits.macs_budget, given=Threshold(exits.threshold)
+            )
+
+    def _networks(self, step: int) -> Networks:
+        return Networks(step, "ema" if self.averages else "raw")
 
     def report(
         self,
@@ -252,7 +257,7 @@ class CollaborationTask:
         weights), for which ones the threshold was calibrated (calibrated_for: the same two, or null when it was given),
         and whether they are stored with the run.
         """
-        networks, threshold = Networks(step, "ema" if self.averages else "raw"), given
+        networks, threshold = self._networks(step), given
         for split in splits:
             records = self.evaluator.run(batches(split))
             if split == "validation" and (budget is not None or accuracy is not None):

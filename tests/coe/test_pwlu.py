@@ -153,7 +153,7 @@ def test_torch_compile_without_graph_breaks(phase: str) -> None:
         torch.testing.assert_close(take_sums(twin), take_sums(unit))
         return
     for mine, right in zip(gradients(twin, x, g, compiled), gradients(unit, x, g, unit), strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
 
 
 def test_torch_export_keeps_the_function() -> None:

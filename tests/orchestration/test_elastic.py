@@ -93,7 +93,8 @@ def test_one_mlflow_run_has_all_steps(found):
     client = connect(f"sqlite:///{found['run'].parent / 'mlflow.db'}")
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     history = client.get_metric_history(run.info.run_id, "train/loss")
-    assert {metric.step for metric in history} == set(range(1, found["preempted"] + 1))
+    # and perhaps some that were lost with a machine and not reached again
+    assert {metric.step for metric in history} >= set(range(1, found["preempted"] + 1))
 
 
 @pytest.mark.parametrize("kind", ["fixed", "elastic"])

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from trained_run import CLASSES, small_run, write_loads
 
 from coe_dist import cli
@@ -92,7 +94,9 @@ def test_commands_take_the_save_that_is_asked_for(
         assert errors == ("" if step == 2 else f"{doubt}weights of step {step}\n")
         assert (read_config(out).step, read_config(out).threshold) == (step, 0.25)
         opened = open_model(run, checkpoint=checkpoint)
-        assert opened.model.delegator.state_dict().keys()
+        file = load_file(run / "checkpoints" / f"step-{step:08d}" / "delegator.safetensors")
+        held = dict(opened.model.delegator.named_parameters())
+        assert all(torch.equal(value, file[name]) for name, value in held.items())
         assert [f"coe-dist: {warning}\n" for warning in opened.warnings] == ([errors] if errors else [])
     assert open_model(run, checkpoint="1", threshold=0.5).warnings == []
     for arguments in (

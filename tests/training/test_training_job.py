@@ -111,7 +111,7 @@ def test_training_goes_on_where_it_stopped(trained: Path) -> None:
 def test_evaluation_files_follow_their_contract(trained: Path, split: str) -> None:
     result = json.loads((trained / f"evaluation-{split}.json").read_text())
     fields = {"split", "images", "top1", "exit_rate", "average_macs", "load", "threshold", "curve"}
-    assert set(result) == fields | {"macs", "expert_accuracy"}
+    assert set(result) == fields | {"macs", "expert_accuracy", "ece", "step", "weights", "calibrated_for", "stored"}
     assert result["split"] == split
     assert result["images"] == IMAGES
     assert set(result["top1"]) == {"coe", "delegator", "oracle", "experts"}
@@ -152,7 +152,7 @@ def test_a_single_network_is_trained_by_the_same_recipe(small_data: Path, tmp_pa
     assert [set(line["metrics"]) for line in lines_of(run, "evaluation")] == [{"val/top1"}] * 2
     for split in ("validation", "test"):
         result = json.loads((run / f"evaluation-{split}.json").read_text())
-        assert set(result) == {"split", "images", "top1", "macs"}
+        assert set(result) == {"split", "images", "top1", "macs", "step"}
         assert (result["images"], type(result["macs"])) == (IMAGES, int)
         assert 0 <= result["top1"] <= 1
     newest = run / "checkpoints" / "step-00000008"
