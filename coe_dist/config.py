@@ -72,9 +72,9 @@ class RouterConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "rmsprop", "lamb"] = "sgd"
     learning_rate: Positive = 0.1
-    momentum: Fraction = 0.9
+    momentum: Fraction = 0.9  # of sgd and rmsprop
     nesterov: bool = True
     weight_decay: NonNegative = 5e-4  # not applied to norms, biases and activations' own parameters
     warmup_epochs: NonNegative = 0.5
@@ -225,6 +225,12 @@ class RunConfig(Section):
             )
         if self.training.engine == "torch" and self.training.zero_stage != 0:
             raise _refused("training.zero_stage", self.training.zero_stage, "engine: torch knows only stage 0")
+        if self.training.optimizer.name == "lamb" and self.training.zero_stage > 0:
+            raise _refused(
+                "training.zero_stage",
+                self.training.zero_stage,
+                "training.optimizer.name: lamb scales its steps by whole tensors, which ZeRO cuts up; give 0",
+            )
         if self.training.precision == "fp64" and self.training.engine != "torch":
             raise _refused("training.precision", "fp64", "DeepSpeed cannot reduce float64; set training.engine: torch")
         return self

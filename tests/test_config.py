@@ -120,6 +120,11 @@ def test_a_name_cannot_leave_the_runs_folder(name: str) -> None:
             "training.zero_stage: 1 is not allowed; engine: torch knows only stage 0",
         ),
         (
+            {"name": "a", "training": {"zero_stage": 2, "optimizer": {"name": "lamb"}}},
+            "training.zero_stage: 2 is not allowed; training.optimizer.name: lamb scales its steps by whole tensors, "
+            "which ZeRO cuts up; give 0",
+        ),
+        (
             {"name": "a", "workers": {"min": 2}},
             "workers.min: 2 is not allowed; give workers.max too, or workers.count alone",
         ),

@@ -175,7 +175,7 @@ def named_trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def forget_state(optimizer: torch.optim.Optimizer, keys: Iterable[torch.Tensor]) -> None:
-    """Sets the state of some parameters to zero, which is what SGD's and AdamW's begins with."""
+    """Sets the state of some parameters to zero, which is what all our optimizers begin with."""
     for key in keys:
         for value in optimizer.state.get(key, {}).values():
             if torch.is_tensor(value):

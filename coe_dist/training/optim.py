@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from coe_dist.coe import pwlu
+from coe_dist.training.lamb import Lamb
 
 if TYPE_CHECKING:
     from coe_dist.config import OptimizerConfig
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """SGD or AdamW: weight decay on matrices and kernels, none on vectors and scalars (norms, biases) and none on
-    activations' own parameters, which are a group by themselves: their state starts anew when they begin to learn, and
-    ZeRO keeps the state, and AdamW's count of steps, by group. Asserts that every trainable parameter is in exactly one
-    group."""
+    """The optimizer that config.name gives: weight decay on matrices and kernels, none on vectors and scalars (norms,
+    biases) and none on activations' own parameters, which are a group by themselves: their state starts anew when they
+    begin to learn, and ZeRO keeps the state, and the count of steps in it, by group. Asserts that every trainable
+    parameter is in exactly one group."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if parameter.ndim > 1]
     own = activation_parameters(network)
@@ -32,6 +33,11 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, learning_rate: 
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0
         return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=nesterov, fused=True)
+    if config.name == "rmsprop":
+        # decay and epsilon of the recipes of MobileNetV3 and EfficientNet; TensorFlow has epsilon inside the root
+        return torch.optim.RMSprop(groups, lr=learning_rate, alpha=0.9, eps=1e-3, momentum=config.momentum)
+    if config.name == "lamb":
+        return Lamb(groups, learning_rate)
     # on other devices fused AdamW would want its step counters there; ours stay on the CPU (see set_full_state)
     on_cpu = all(parameter.device.type == "cpu" for parameter in trainable)
     return torch.optim.AdamW(groups, lr=learning_rate, fused=on_cpu, foreach=not on_cpu)
