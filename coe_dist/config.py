@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,12 +48,24 @@ class AugmentationConfig(Section):
     flip: bool = True
     shift: Annotated[int, Field(ge=0, le=64)] = 2  # pixels, each direction, zero fill
     random_resized_crop: bool = False  # scale 0.35..1, ratio 3/4..4/3, to `data.resolution`
+    operations: Annotated[int, Field(ge=0, le=5)] = 0  # random changes of colour or shape (data/random_operations.py)
+    magnitude: Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)] = 9.0  # their largest strength
+    erase: Fraction = 0.0  # probability that a random rectangle becomes grey
+
+
+class ProgressiveConfig(Section):
+    """Training images grow from `start` to `data.resolution` pixels a side between two epochs (data/progressive.py)."""
+
+    start: Annotated[int, Field(ge=8, le=1024)]
+    from_epoch: Annotated[int, Field(ge=0)] = 0
+    until_epoch: Annotated[int, Field(ge=1)]  # the first epoch (from 0) at the full resolution
 
 
 class DataConfig(Section):
     source: Literal["fashion-mnist", "imagefolder"] = "fashion-mnist"
     folder: str = "data/fashion-mnist"  # holds train.beton, validation.beton, test.beton and their .json side-cars
     resolution: Annotated[int, Field(ge=8, le=1024)] = 28  # side in pixels of the square that reaches the networks
+    progressive: ProgressiveConfig | None = None
     augmentation: AugmentationConfig = AugmentationConfig()
     loader: Literal["ffcv", "torchvision"] = "ffcv"  # torchvision: slower, reads the same files without FFCV
     loader_threads: Annotated[int, Field(ge=1, le=256)] = 1
@@ -216,6 +228,7 @@ class RunConfig(Section):
                 self.router.where,
                 "router.scope: local solves on every rank; give replicated",
             )
+        self._check_progressive()
         if self.uses_pwlu and self.training.pwlu_statistics_epochs >= self.training.epochs:
             raise _refused(
                 "training.pwlu_statistics_epochs",
@@ -234,6 +247,27 @@ class RunConfig(Section):
         if self.training.precision == "fp64" and self.training.engine != "torch":
             raise _refused("training.precision", "fp64", "DeepSpeed cannot reduce float64; set training.engine: torch")
         return self
+
+    def _check_progressive(self) -> None:
+        schedule = self.data.progressive
+        if schedule is None:
+            return
+        if schedule.start >= self.data.resolution:
+            raise _refused(
+                "data.progressive.start", schedule.start, f"give less than data.resolution = {self.data.resolution}"
+            )
+        if schedule.until_epoch <= schedule.from_epoch:
+            raise _refused(
+                "data.progressive.until_epoch",
+                schedule.until_epoch,
+                f"give more than data.progressive.from_epoch = {schedule.from_epoch}",
+            )
+        if schedule.until_epoch >= self.training.epochs:
+            raise _refused(
+                "data.progressive.until_epoch",
+                schedule.until_epoch,
+                f"training.epochs = {self.training.epochs} leaves no epoch at the full resolution; give fewer",
+            )
 
     def digest(self) -> str:
         """16 hex digits that identify this configuration (all fields, defaults included)."""
@@ -315,6 +349,8 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = RunConfig
     for part in location[:-1]:
         annotation = section.model_fields[str(part)].annotation
+        sections = [member for member in get_args(annotation) if member is not type(None)]
+        annotation = sections[0] if sections else annotation  # of `Section | None`
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             section = annotation
     return list(section.model_fields)

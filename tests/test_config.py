@@ -125,6 +125,27 @@ def test_a_name_cannot_leave_the_runs_folder(name: str) -> None:
             "which ZeRO cuts up; give 0",
         ),
         (
+            {"name": "a", "data": {"progressive": {"start": 28, "until_epoch": 3}}},
+            "data.progressive.start: 28 is not allowed; give less than data.resolution = 28",
+        ),
+        (
+            {"name": "a", "data": {"progressive": {"start": 20, "from_epoch": 3, "until_epoch": 3}}},
+            "data.progressive.until_epoch: 3 is not allowed; give more than data.progressive.from_epoch = 3",
+        ),
+        (
+            {"name": "a", "data": {"progressive": {"start": 20, "until_epoch": 10}}},
+            "data.progressive.until_epoch: 10 is not allowed; training.epochs = 10 leaves no epoch at the full "
+            "resolution; give fewer",
+        ),
+        (
+            {"name": "a", "data": {"progressive": {"start": 20}}},
+            "data.progressive.until_epoch: missing; it must be given",
+        ),
+        (
+            {"name": "a", "data": {"progressive": {"start": 20, "until_epoch": 3, "until": 10}}},
+            "data.progressive.until: unknown key; allowed here: start, from_epoch, until_epoch",
+        ),
+        (
             {"name": "a", "workers": {"min": 2}},
             "workers.min: 2 is not allowed; give workers.max too, or workers.count alone",
         ),

@@ -19,7 +19,8 @@ ATTEMPTS = 10
 CENTRE_RATIO = 224 / 256  # side of the centre crop / shorter side of the image, the usual rule of ImageNet evaluation
 
 _DRAWS = 64  # counters set aside per sample
-_FLIP, _SHIFT_Y, _SHIFT_X, _CROP = 0, 1, 2, 8  # _CROP + 4 * attempt + (area, ratio, top, left)
+_FLIP, _SHIFT_Y, _SHIFT_X, _CROP = 0, 1, 2, 8  # _CROP + 4 * attempt + (area, ratio, top, left); 3 to 7 and from 48 on
+# are those of random_operations.py
 
 Integers = npt.NDArray[np.int64]
 
@@ -33,6 +34,12 @@ class Augmentation(Protocol):
     def shift(self) -> int: ...
     @property
     def random_resized_crop(self) -> bool: ...
+    @property
+    def operations(self) -> int: ...
+    @property
+    def magnitude(self) -> float: ...
+    @property
+    def erase(self) -> float: ...
 
 
 class Placement(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 
 from coe_dist.data.augment import Augmentation
 from coe_dist.data.order import epoch_order, rank_batches, share
+from coe_dist.data.progressive import Progressive, resolution_of
 from coe_dist.data.sidecar import SplitInfo, read_sidecar
 from coe_dist.errors import InputError
 
@@ -36,8 +37,9 @@ class SplitReader(ABC):
     train: shuffled by (seed, epoch) and augmented; else file order, no augmentation. `resolution`: side in pixels of
     the images given; images stored at another size are cropped to the centre (224/256 of the shorter side) and resized,
     or cropped at random under `augmentation.random_resized_crop`. `threads` decode (at most the cores this process may
-    use). `limit` uses the first so many images of the file. Raises InputError for a damaged file or labels outside the
-    classes. Not for use from several threads; one epoch at a time.
+    use). `limit` uses the first so many images of the file. `progressive` makes the images of early epochs smaller
+    (train only). Raises InputError for a damaged file or labels outside the classes. Not for use from several threads;
+    one epoch at a time.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SplitReader(ABC):
         seed: int,
         train: bool,
         augmentation: Augmentation | None,
+        progressive: Progressive | None = None,
         threads: int = 1,
         limit: int | None = None,
     ) -> None:
@@ -62,15 +65,11 @@ class SplitReader(ABC):
         self.steps_per_epoch = -(-self.count // global_batch)
         self.resolution, self.seed, self.train = resolution, seed, train
         self.augmentation = augmentation if train else None
+        self.progressive = progressive if train else None
         self.threads = max(1, min(threads, len(os.sched_getaffinity(0))))
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         start, stop = share(global_batch, rank, world_size)
         self.largest_batch = max(1, stop - start)
-        self.empty = Batch(
-            torch.zeros((0, self.info.channels, resolution, resolution), dtype=torch.uint8),
-            torch.zeros(0, dtype=torch.int64),
-            torch.zeros(0, dtype=torch.int64),
-        )
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of one epoch from a global step on: steps_per_epoch - start_step of them on every rank,
@@ -81,6 +80,15 @@ class SplitReader(ABC):
             )
         order_N = epoch_order(self.count, self.seed, epoch, shuffle=self.train)
         return self._read(epoch, rank_batches(order_N, self._global_batch, self._rank, self._world_size, start_step))
+
+    def side_of(self, epoch: int) -> int:
+        """Side in pixels of the images of one epoch."""
+        return resolution_of(epoch, self.resolution, self.progressive)
+
+    def empty(self, side: int) -> Batch:
+        """What a rank without rows gets."""
+        images = torch.zeros((0, self.info.channels, side, side), dtype=torch.uint8)
+        return Batch(images, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
     def check_labels(self, labels_N: npt.NDArray[np.int64]) -> None:
         """Raises InputError for a label outside the side-car's classes."""

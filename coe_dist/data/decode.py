@@ -2,7 +2,7 @@
 
 Images stored raw at the loader's resolution are laid into their slots straight from the memory-mapped file: shifted
 with zero fill, mirrored, channels first. All others are decoded where they are JPEGs, and cropped, resized and laid by
-resample.py in one pass. The parts of a batch run in parallel; the parameters come from augment.py.
+resample.py in one pass. Last come the random operations that the configuration asks for. The parts of a batch run in parallel; the parameters come from augment.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from coe_dist.data.augment import (
     random_crops,
 )
 from coe_dist.data.ffcv_binding import Operation, imdecode
+from coe_dist.data.random_operations import apply_random_operations
 from coe_dist.data.resample import resample
 from coe_dist.data.stored import JPEG_MODE, Bytes
 
@@ -47,7 +48,10 @@ class FailureSlot:
 
 
 class ImageDecoder(Operation):  # type: ignore[misc]
-    """`epoch` is set by the loader before each epoch; augmentation None: evaluation."""
+    """`epoch` and `side` are set by the loader before each epoch; augmentation None: evaluation.
+
+    resolution: the largest side of the images in pixels. `side`: that of the images made; crops do not depend on it.
+    """
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class ImageDecoder(Operation):  # type: ignore[misc]
         threads: int,
     ) -> None:
         super().__init__()
-        self.epoch = 0
+        self.epoch, self.side = 0, resolution
         self._failures = failures
         self._channels = channels
         self._resolution = resolution
@@ -89,7 +93,7 @@ class ImageDecoder(Operation):  # type: ignore[misc]
         The batch gets memory of its own: FFCV would use its slots again, and the reader would have to copy."""
         ids_B = ids_B.astype(np.int64)
         count = len(ids_B)
-        out_BCHW = np.empty((count, self._channels, self._resolution, self._resolution), np.uint8)
+        out_BCHW = np.empty((count, self._channels, self.side, self.side), np.uint8)
         bounds = [count * part // self._threads for part in range(self._threads + 1)]
 
         def work(part: int) -> None:
@@ -108,11 +112,12 @@ class ImageDecoder(Operation):  # type: ignore[misc]
         records_B = metadata[ids_B]
         mapped = np.asarray(storage_state[0])
         place = placements(self._augmentation, key, ids_B)
-        if self._crop or (records_B["mode"] == JPEG_MODE).any():
+        if self._crop or self.side != self._resolution or (records_B["mode"] == JPEG_MODE).any():
             crops_B4 = self._crops(ids_B, key, records_B)
             self._resample(ids_B, records_B, mapped, storage_state, crops_B4, place, out_BCHW)
         else:
             _lay(mapped, records_B["data_ptr"].astype(np.int64), place.down_B, place.right_B, place.flip_B, out_BCHW)
+        apply_random_operations(self._augmentation, key, ids_B, out_BCHW)
 
     def _crops(self, ids_B: Any, key: int, records_B: Any) -> Any:
         """[B,4] of (top, left, height, width)."""

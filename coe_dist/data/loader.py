@@ -59,13 +59,14 @@ class SplitLoader(SplitReader):
         self._stop()
         self._failures.error = None
         self._order.ids = np.concatenate([*batches, np.zeros(0, np.int64)])
-        self._decoder.epoch = epoch
+        side = self.side_of(epoch)
+        self._decoder.epoch, self._decoder.side = epoch, side
         reading = self._reading = iter(self._loader)
         try:
             for ids_B in batches:
                 if self._reading is not reading:
                     raise RuntimeError(f"{self.beton}: epoch {epoch} was ended by the start of another one")
-                batch = self._next(reading) if len(ids_B) else self.empty
+                batch = self._next(reading) if len(ids_B) else self.empty(side)
                 assert np.array_equal(batch.ids_B.numpy(), ids_B), "FFCV gave other samples than asked for"
                 yield batch
         finally:

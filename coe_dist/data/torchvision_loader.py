@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from coe_dist.data.augment import augmentation_key, centre_crops, placements, random_crops
 from coe_dist.data.batches import Batch, SplitReader
+from coe_dist.data.random_operations import apply_random_operations
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import TrainingError
 
@@ -49,7 +50,7 @@ class TorchvisionLoader(SplitReader):
                     waiting.append((ids_B, self._start(epoch, ids_B)))
                 if self._reading != reading:
                     raise RuntimeError(f"{self.beton}: epoch {epoch} was ended by the start of another one")
-                yield self._finished(*waiting.popleft())
+                yield self._finished(epoch, *waiting.popleft())
         finally:
             for _, images in waiting:
                 for image in images:
@@ -66,23 +67,24 @@ class TorchvisionLoader(SplitReader):
             crops_B4 = centre_crops(sizes_B2[:, 0], sizes_B2[:, 1])
         place = zip(*(values.tolist() for values in placements(self.augmentation, key, ids_B)), strict=True)
         return [
-            self._pool.submit(self._image, *parameters)
+            self._pool.submit(self._image, self.side_of(epoch), *parameters)
             for parameters in zip(ids_B.tolist(), crops_B4.tolist(), place, strict=True)
         ]
 
-    def _finished(self, ids_B: npt.NDArray[np.int64], images: list[Future[torch.Tensor]]) -> Batch:
+    def _finished(self, epoch: int, ids_B: npt.NDArray[np.int64], images: list[Future[torch.Tensor]]) -> Batch:
         if not len(ids_B):
-            return self.empty
+            return self.empty(self.side_of(epoch))
         try:
             images_BCHW = torch.stack([image.result() for image in images])
         except Exception as error:
             raise TrainingError(f"{self.beton}: the data loader failed: {type(error).__name__}: {error}") from error
+        apply_random_operations(self.augmentation, augmentation_key(self.seed, epoch), ids_B, images_BCHW.numpy())
         return Batch(images_BCHW, torch.from_numpy(self._stored.labels_N[ids_B]), torch.from_numpy(ids_B.copy()))
 
-    def _image(self, index: int, crop: list[int], place: tuple[int, int, bool]) -> torch.Tensor:
-        """uint8 [C,resolution,resolution]; crop (top, left, height, width), place (down, right, mirrored)."""
+    def _image(self, pixels: int, index: int, crop: list[int], place: tuple[int, int, bool]) -> torch.Tensor:
+        """uint8 [C,pixels,pixels]; crop (top, left, height, width), place (down, right, mirrored)."""
         down, right, mirrored = place
-        side = [self.resolution, self.resolution]
+        side = [pixels, pixels]
         try:
             pixels_HW3 = self._stored.pixels(index)
         except ValueError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coe_dist.coe.macs import exit_rate_for_budget
+from coe_dist.coe.macs import count_macs, exit_rate_for_budget
 from coe_dist.config import RunConfig
 from coe_dist.data.loaders import check_loader
 from coe_dist.data.sidecar import SPLITS, SplitInfo, read_sidecar
@@ -34,8 +34,24 @@ def check_run(config: RunConfig) -> NetworkBuilder:
     builder = NetworkBuilder(config, train)
     delegator_macs, expert_macs = builder.collaboration_macs()
     check_budget("early_exit.macs_budget", config.early_exit.macs_budget, delegator_macs, expert_macs)
+    check_smallest_images(builder)
     check_empty_batches(builder)
     return builder
+
+
+def check_smallest_images(builder: NetworkBuilder) -> None:
+    """Networks refuse images that are too small for them in ways of their own."""
+    schedule = builder.config.data.progressive
+    if schedule is None:
+        return
+    for field, network in (("delegator", builder.delegator()), ("experts", builder.expert(0))):
+        try:
+            count_macs(network, channels=builder.info.channels, resolution=schedule.start)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"data.progressive.start: {schedule.start} is not allowed; {field}.network refuses it: {reason}"
+            ) from error
 
 
 def check_empty_batches(builder: NetworkBuilder) -> None:

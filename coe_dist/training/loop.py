@@ -48,6 +48,7 @@ class Data:
                 seed=self.config.seed,
                 train=split == "train",
                 augmentation=data.augmentation if split == "train" else None,
+                progressive=data.progressive,
                 threads=data.loader_threads,
                 limit=data.limit,
             )
@@ -219,6 +220,8 @@ class Loop:
         metrics = self.task.metrics(sums)
         metrics["train/learning_rate"] = factor * self.config.training.optimizer.learning_rate
         metrics["train/images_per_second"] = float(self.groups.world.all_reduce_sum(images)) / max(1e-9, now - since)
+        if self.config.data.progressive is not None:
+            metrics["train/resolution"] = self.data.loader("train").side_of(epoch)
         self._record("train", step, epoch, metrics)
         return time.perf_counter()
 

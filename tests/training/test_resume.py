@@ -24,7 +24,10 @@ EPOCHS, STEPS_PER_EPOCH = 2, 7  # 101 images in batches of 16
 MOMENTARY = {"train/images_per_second"}
 
 
-def job_file(folder: Path, data: Path, name: str, **training: Any) -> tuple[Path, Path]:
+def job_file(
+    folder: Path, data: Path, name: str, images: dict[str, Any] | None = None, **training: Any
+) -> tuple[Path, Path]:
+    """images: further settings of the section data."""
     content = small_config(
         data,
         folder / "runs",
@@ -32,6 +35,7 @@ def job_file(folder: Path, data: Path, name: str, **training: Any) -> tuple[Path
         training={"global_batch": 16, "epochs": EPOCHS, "ema_decay": 0.9, "timeout_seconds": 120, **training},
         tracking={"every_steps": 1},
     )
+    content["data"] |= images or {}
     config = load_config(write_config(folder / f"{name}.yaml", content))
     config.run_dir.mkdir(parents=True)
     path = folder / f"{name}.json"
@@ -57,6 +61,10 @@ def weights_of(run: Path) -> dict[str, bytes]:
     [
         {"engine": "torch", "accumulation": 2, "deterministic": True},
         {"engine": "deepspeed", "zero_stage": 1, "batchnorm": "group"},
+        {
+            "optimizer": {"name": "rmsprop", "learning_rate": 0.01},
+            "images": {"progressive": {"start": 20, "until_epoch": 1}},
+        },
     ],
 )
 def test_a_stopped_run_goes_on_to_the_last_bit(small_data: Path, tmp_path: Path, training: dict[str, Any]) -> None:
