@@ -153,6 +153,18 @@ class TrackingConfig(Section):
     every_steps: Annotated[int, Field(ge=1)] = 20
 
 
+class DistillationConfig(Section):
+    """Experts learn from a teacher's largest logits as well (coe/distillation.py)."""
+
+    teacher: str  # a timm classifier by name; its classes must stand in the order of the data's
+    weights: str  # file with its state dict (.safetensors, or .pth and the like); nothing is downloaded
+    resolution: Annotated[int, Field(ge=8, le=1024)] | None = None  # side of its images; none: as the loader gives them
+    temperature: Positive = 2.0
+    weight: Fraction = 0.5  # of the distillation loss; the rest is that of cross-entropy
+    top: Annotated[int, Field(ge=1, le=1024)] = 32  # logits that travel with an image, 4 bytes each
+    delegator: bool = False  # the delegator's rough prediction learns from the teacher too
+
+
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -162,6 +174,7 @@ class RunConfig(Section):
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     training: TrainingConfig = TrainingConfig()
+    distillation: DistillationConfig | None = None
     early_exit: EarlyExitConfig = EarlyExitConfig()
     workers: WorkersConfig = WorkersConfig()
     tracking: TrackingConfig = TrackingConfig()

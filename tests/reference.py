@@ -7,6 +7,7 @@ rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from coe_dist.coe.transport import balanced_assignment, balanced_assignment_sparse
 
 CHANNELS, RESOLUTION, CLASSES = 1, 12, 5
+TOP, TEMPERATURE = 3, 1.7  # of distillation
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, GENERALIST, BETA = 0.05, 0.9, 1e-3, 0.2, 0.7
 
 
@@ -37,6 +39,7 @@ class Case:
     samples: int = 26  # global batch, over all micro-batches
     steps: int = 5
     replay: bool = True
+    distilled: float = 0.0  # weight of the distillation loss
 
     @property
     def name(self) -> str:
@@ -76,6 +79,30 @@ class TinyNetwork(nn.Module):
         features = self.trunk(images.to(self.heads[0].weight.dtype) / 255)
         outputs = tuple(head(features) for head in self.heads)
         return outputs if len(outputs) > 1 else outputs[0]
+
+
+def build_teacher(case: Case) -> nn.Module:
+    """Strong opinions, so that what it teaches matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(12)
+        network = TinyNetwork(5, [CLASSES]).eval()
+    with torch.no_grad():
+        network.heads[0].weight.mul_(8.0)
+    return network.to(case.dtype)
+
+
+def distillation(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """One row: the TOP largest logits of the teacher as float16 (less the largest), renormalised, against the
+    student's softmax over all classes, at TEMPERATURE."""
+    order = sorted(range(CLASSES), key=lambda label: -float(teacher_logits[label]))[:TOP]
+    sent = [float(np.float16(float(teacher_logits[label] - teacher_logits[order[0]]))) for label in order]
+    weights = [math.exp(value / TEMPERATURE) for value in sent]
+    student = torch.log_softmax(logits / TEMPERATURE, 0)
+    total = torch.zeros((), dtype=logits.dtype)
+    for label, weight in zip(order, weights, strict=True):
+        share = weight / sum(weights)
+        total = total + share * (math.log(share) - student[label])
+    return TEMPERATURE**2 * total
 
 
 def build_networks(case: Case) -> dict[str, nn.Module]:
@@ -187,6 +214,7 @@ def train(case: Case) -> Outcome:
     outcome = Outcome()
     networks = {name: _Network(network.train(), case) for name, network in build_networks(case).items()}
     experts, k = case.experts, case.per_sample
+    teacher, share = build_teacher(case), case.distilled
     micro_step = 0
     for step in range(case.steps):
         for part in range(case.accumulation):
@@ -196,6 +224,8 @@ def train(case: Case) -> Outcome:
                 torch.arange(case.world_size), torch.tensor(pieces(samples, case.world_size))
             )
             class_logits, selection = networks["delegator"].run(images, rank_of_row)
+            with torch.no_grad():
+                taught = teacher(images)
 
             # WGM and dispatch
             scores = torch.log_softmax(selection.detach(), 1).numpy()
@@ -225,8 +255,10 @@ def train(case: Case) -> Outcome:
                 replicas = replica_of_rows(case, expert, [int(rank_of_row[row]) for row in rows])
                 logits = networks[f"expert {expert}"].run(images[rows], torch.tensor(replicas))
                 pair_losses = F.cross_entropy(logits, labels[rows], reduction="none")
-                for (row, column), loss in zip(pairs, pair_losses, strict=True):
+                for (row, column), own_logits, loss in zip(pairs, logits, pair_losses, strict=True):
                     losses[row, column] = loss.detach()
+                    if share:
+                        loss = (1 - share) * loss + share * distillation(own_logits, taught[row])
                     total = total + (weight_first if column == 0 else weight_other) * loss
             (total / samples / case.accumulation).backward()
 
@@ -246,7 +278,11 @@ def train(case: Case) -> Outcome:
             # delegator
             restricted = torch.log_softmax(selection.gather(1, torch.from_numpy(sets)), 1)
             selection_loss = -(targets * restricted).sum(1) * ratio
-            loss = (F.cross_entropy(class_logits, labels, reduction="none") + BETA * selection_loss).mean()
+            rough = F.cross_entropy(class_logits, labels, reduction="none")
+            if share:
+                pairs_of_logits = zip(class_logits, taught, strict=True)
+                rough = (1 - share) * rough + share * torch.stack([distillation(*pair) for pair in pairs_of_logits])
+            loss = (rough + BETA * selection_loss).mean()
             (loss / case.accumulation).backward()
             outcome.dispatch_sets.append(torch.from_numpy(sets))
             outcome.labels.append(targets)

@@ -146,6 +146,14 @@ def test_a_name_cannot_leave_the_runs_folder(name: str) -> None:
             "data.progressive.until: unknown key; allowed here: start, from_epoch, until_epoch",
         ),
         (
+            {"name": "a", "distillation": {"teacher": "resnet50"}},
+            "distillation.weights: missing; it must be given",
+        ),
+        (
+            {"name": "a", "distillation": {"teacher": "resnet50", "weights": "a.pth", "weight": 1.5}},
+            "distillation.weight: 1.5 is not allowed; give a number from 0.0 to 1.0",
+        ),
+        (
             {"name": "a", "workers": {"min": 2}},
             "workers.min: 2 is not allowed; give workers.max too, or workers.count alone",
         ),

@@ -95,7 +95,7 @@ def _timm(network: str, options: Options, channels: int) -> tuple[nn.Module, int
     name = network.removeprefix("timm/")
     # plain names only: timm also knows names of remote places, and tags of pretrained weights
     if not re.fullmatch(r"\w+", name) or not timm.is_model(name):
-        raise _unknown(network, ["small_cnn", once_for_all.NETWORK, *timm.list_models()])
+        raise unknown_network(network, ["small_cnn", once_for_all.NETWORK, *timm.list_models()])
     trunk = _construct(
         network, options, lambda: timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **options)
     )
@@ -109,7 +109,7 @@ def _torchvision(network: str, options: Options, channels: int) -> tuple[nn.Modu
     name = network.removeprefix("torchvision/")
     names = [known for known in models.list_models(module=models) if known not in _AUXILIARY_OUTPUTS]
     if name not in names:
-        raise _unknown(network, [f"torchvision/{known}" for known in names])
+        raise unknown_network(network, [f"torchvision/{known}" for known in names])
     if channels not in (1, 3):
         raise ValueError(
             f"network: {network!r} is not allowed for {channels} channels; torchvision's take 3 (or 1, repeated)"
@@ -144,8 +144,9 @@ def _construct(network: str, options: Options, constructor: Callable[[], Any]) -
         raise ValueError(f"options: {dict(options)} is not allowed; {network} refuses it: {reason}") from error
 
 
-def _unknown(network: str, names: Sequence[str]) -> ValueError:
+def unknown_network(network: str, names: Sequence[str], field: str = "network") -> ValueError:
+    """What to raise for a name that is not among `names`; tells close ones."""
     plain = network.removeprefix("timm/")
     close = difflib.get_close_matches(plain, names, n=4, cutoff=0.5)
     close = close or ["small_cnn", "timm/<name>", "torchvision/<name>"]
-    return ValueError(f"network: {network!r} is not allowed; no such network, similar are {', '.join(close)}")
+    return ValueError(f"{field}: {network!r} is not allowed; no such network, similar are {', '.join(close)}")

@@ -15,6 +15,7 @@ from coe_dist.data.sidecar import SPLITS, SplitInfo, read_sidecar
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
 from coe_dist.training.networks import NetworkBuilder
+from coe_dist.training.teacher import configured_teacher
 
 
 def check_run(config: RunConfig) -> NetworkBuilder:
@@ -36,6 +37,7 @@ def check_run(config: RunConfig) -> NetworkBuilder:
     check_budget("early_exit.macs_budget", config.early_exit.macs_budget, delegator_macs, expert_macs)
     check_smallest_images(builder)
     check_empty_batches(builder)
+    configured_teacher(config, train, torch.device("cpu"))
     return builder
 
 

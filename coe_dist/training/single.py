@@ -11,6 +11,7 @@ from coe_dist.parallel.groups import Group
 from coe_dist.training.ema import WeightAverage, average_both
 from coe_dist.training.engines import NetworkEngine, autocast, wide
 from coe_dist.training.step import MicroBatch, StepSums
+from coe_dist.training.teacher import Teacher
 from coe_dist.training.undo import StatisticsBackup
 
 
@@ -25,10 +26,12 @@ class SingleStep:
         label_smoothing: float,
         call_empty: bool,
         average: WeightAverage | None = None,
+        teacher: Teacher | None = None,
         skips: bool = True,
     ) -> None:
         self.engine, self.world, self.average = engine, world, average
         self.label_smoothing, self.call_empty = label_smoothing, call_empty
+        self.teacher = teacher
         self.micro_step = 0
         self.backup = StatisticsBackup([engine]) if skips else None
 
@@ -41,9 +44,12 @@ class SingleStep:
             loss = None
             if len(batch.labels) or self.call_empty:
                 logits = wide(self.engine(batch.images))
-                total = F.cross_entropy(
+                per_image = F.cross_entropy(
                     logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing
-                ).sum()
+                )
+                if self.teacher is not None:
+                    per_image = self.teacher.mixed(per_image, logits, self.teacher.hints(batch.images))
+                total = per_image.sum()
                 loss = total * (self.world.size / (samples * len(batches)))
                 sums.add("expert_loss", total.detach())
             self.micro_step += 1

@@ -24,6 +24,7 @@ from coe_dist.coe import modules
 from coe_dist.parallel.exchange import ExpertBatch, combine, dispatch
 from coe_dist.parallel.router import NonFiniteError, Router, Routing
 from coe_dist.training.engines import NetworkEngine, wide
+from coe_dist.training.teacher import Teacher
 from coe_dist.training.undo import StatisticsBackup
 
 
@@ -70,11 +71,13 @@ class CollaborationStep:
         frozen_selection: bool = False,
         call_empty: bool = False,
         skips: bool = True,
+        teacher: Teacher | None = None,
     ) -> None:
         """skips: whether training goes on after a step that failed, and its statistics must be undone."""
         self.delegator, self.experts, self.router = delegator, experts, router
         self.selection_weight, self.label_smoothing = selection_weight, label_smoothing
         self.frozen_selection = frozen_selection
+        self.teacher = teacher
         self.call_empty = call_empty  # batchnorm: group needs every replica's forward, also with zero rows
         self.micro_step = 0  # names the dispatch permutation
         world = router.groups.world
@@ -129,7 +132,8 @@ class CollaborationStep:
         samples = routing.samples
         # 4. dispatch, learn, return
         weights_Bk = routing.weights_k.expand(len(batch.labels), -1)
-        received = dispatch(routing.plan, batch.images, batch.labels, weights_Bk, world)
+        hints_BX = None if self.teacher is None else self.teacher.hints(batch.images)
+        received = dispatch(routing.plan, batch.images, batch.labels, weights_Bk, world, hints_BX)
         losses, backward_losses = self._expert_losses(received, routing, sums, samples * parts)
         losses_Bk = combine(routing.plan, losses, world)()
         finish_labels = self.router.start_labels(losses_Bk, routing, step)
@@ -137,10 +141,13 @@ class CollaborationStep:
             self.experts[expert].backward(backward_losses[expert], last=last)
         # 5. teach the delegator
         labels_Bk, variance_B = finish_labels()
-        loss = self._delegator_loss(class_logits_BC, selection_BE, batch, routing, labels_Bk, variance_B, sums)
+        loss = self._delegator_loss(
+            class_logits_BC, selection_BE, batch, routing, labels_Bk, variance_B, hints_BX, sums
+        )
         self.delegator.backward(None if loss is None else loss * (world.size / (samples * parts)), last=last)
         sums.images += len(batch.labels)
-        sums.bytes_sent += routing.plan.bytes_sent(batch.images.shape[1:].numel())
+        hint_bytes = 0 if self.teacher is None else self.teacher.bytes_per_image
+        sums.bytes_sent += routing.plan.bytes_sent(batch.images.shape[1:].numel() + hint_bytes)
         load = routing.load_E(self.router.experts)
         sums.load = load if sums.load is None else sums.load + load
 
@@ -172,6 +179,8 @@ class CollaborationStep:
             learned = plain
             if self.label_smoothing > 0:
                 learned = F.cross_entropy(logits, rows.labels, reduction="none", label_smoothing=self.label_smoothing)
+            if self.teacher is not None and rows.hints is not None:
+                learned = self.teacher.mixed(learned, logits, rows.hints)
             weighted = (learned * rows.weights.to(learned.dtype)).sum()
             sums.add("expert_loss", weighted.detach())
             backward[expert] = weighted * (engine.group.size / divisor)
@@ -185,13 +194,17 @@ class CollaborationStep:
         routing: Routing,
         labels_Bk: torch.Tensor,
         variance_B: torch.Tensor,
+        hints_BX: torch.Tensor | None,
         sums: StepSums,
     ) -> torch.Tensor | None:
         """Summed loss of this rank's rows; None when there are none and the network was not called."""
         if not self._runs(batch):
             return None
         logits = wide(class_logits_BC)
-        classes = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing).sum()
+        per_image = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing)
+        if self.teacher is not None and self.teacher.delegator and hints_BX is not None:
+            per_image = self.teacher.mixed(per_image, logits, hints_BX)
+        classes = per_image.sum()
         per_row = modules.selection_losses(wide(selection_BE), routing.experts_Bk, labels_Bk) * variance_B
         selection = per_row.sum() * (0.0 if self.frozen_selection else 1.0)
         sums.add("delegator_loss", classes.detach())

@@ -25,6 +25,7 @@ from coe_dist.training.networks import NetworkBuilder, averages_of, collaboratio
 from coe_dist.training.run_folder import evaluation_file
 from coe_dist.training.single import SingleStep
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
+from coe_dist.training.teacher import configured_teacher
 from coe_dist.training.thresholds import Threshold, stored_threshold
 
 Batches = Callable[[str], Iterable[MicroBatch]]  # split -> this rank's batches of it
@@ -130,6 +131,7 @@ class CollaborationTask:
             frozen_selection=config.router.selection == "frozen",
             call_empty=config.training.batchnorm == "group",
             skips=config.training.non_finite == "skip",
+            teacher=configured_teacher(config, builder.info, device) if job.task == "train" else None,
         )
         self.evaluator = evaluation.Evaluator(
             self.delegator,
@@ -298,6 +300,7 @@ class SingleTask:
             label_smoothing=training.label_smoothing,
             call_empty=training.batchnorm == "group",
             average=self.averages.get("single"),
+            teacher=configured_teacher(config, builder.info, device),
             skips=training.non_finite == "skip",
         )
 

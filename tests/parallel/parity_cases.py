@@ -8,7 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from reference import BETA, GENERALIST, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Case, Outcome, batch_of, build_networks
+from reference import (
+    BETA,
+    GENERALIST,
+    LEARNING_RATE,
+    MOMENTUM,
+    TEMPERATURE,
+    TOP,
+    WEIGHT_DECAY,
+    Case,
+    Outcome,
+    batch_of,
+    build_networks,
+    build_teacher,
+)
 
 from coe_dist.data.order import share
 from coe_dist.parallel.batchnorm import average_statistics, split_batchnorm
@@ -20,6 +33,7 @@ from coe_dist.parallel.solvers import Problems, RankZeroSolver, ReplicatedSolver
 from coe_dist.training.engines import build_engine
 from coe_dist.training.optim import build_optimizer
 from coe_dist.training.step import CollaborationStep, MicroBatch, StepSums
+from coe_dist.training.teacher import Teacher
 
 
 class ReplayRouter(Router):
@@ -89,7 +103,15 @@ def build_step(case: Case, groups: Groups, recorded: Outcome | None, device: tor
         router,
         selection_weight=BETA,
         call_empty=case.batchnorm == "group",
+        teacher=teacher_of(case, device),
     )
+
+
+def teacher_of(case: Case, device: torch.device) -> Teacher | None:
+    if not case.distilled:
+        return None
+    network = build_teacher(case).to(device)
+    return Teacher(network, top=TOP, temperature=TEMPERATURE, weight=case.distilled, delegator=True)
 
 
 def run_case(case: Case, groups: Groups, recorded: Outcome | None, device: torch.device = CPU) -> CollaborationStep:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 from safetensors import safe_open
 from small_data import small_config, write_config
 from training.test_training_job import lines_of, torchrun
@@ -20,14 +22,15 @@ from coe_dist.training.job import Job
 from coe_dist.training.stopping import clear_stop, preempted_at, request_stop
 
 EPOCHS, STEPS_PER_EPOCH = 2, 7  # 101 images in batches of 16
+TEACHER = "test_efficientnet"  # timm's own, of 360,000 weights
 # what is not a function of the seed alone
 MOMENTARY = {"train/images_per_second"}
 
 
 def job_file(
-    folder: Path, data: Path, name: str, images: dict[str, Any] | None = None, **training: Any
+    folder: Path, data: Path, name: str, sections: dict[str, Any] | None = None, **training: Any
 ) -> tuple[Path, Path]:
-    """images: further settings of the section data."""
+    """sections: further settings, by section."""
     content = small_config(
         data,
         folder / "runs",
@@ -35,12 +38,22 @@ def job_file(
         training={"global_batch": 16, "epochs": EPOCHS, "ema_decay": 0.9, "timeout_seconds": 120, **training},
         tracking={"every_steps": 1},
     )
-    content["data"] |= images or {}
+    for section, settings in (sections or {}).items():
+        content[section] = {**content.get(section, {}), **settings}
     config = load_config(write_config(folder / f"{name}.yaml", content))
     config.run_dir.mkdir(parents=True)
     path = folder / f"{name}.json"
     path.write_text(Job(task="train", config=config, run_dir=str(config.run_dir.absolute())).model_dump_json())
     return path, config.run_dir
+
+
+def save_teacher(path: Path) -> Path:
+    """Random weights of a tiny network, with an opinion on every image."""
+    torch.manual_seed(8)
+    network = timm.create_model(TEACHER, num_classes=10, in_chans=1)
+    torch.nn.init.normal_(network.get_classifier().weight)
+    torch.save({"state_dict": network.state_dict()}, path)
+    return path
 
 
 def weights_of(run: Path) -> dict[str, bytes]:
@@ -63,12 +76,21 @@ def weights_of(run: Path) -> dict[str, bytes]:
         {"engine": "deepspeed", "zero_stage": 1, "batchnorm": "group"},
         {
             "optimizer": {"name": "rmsprop", "learning_rate": 0.01},
-            "images": {"progressive": {"start": 20, "until_epoch": 1}},
+            "sections": {
+                "data": {
+                    "progressive": {"start": 20, "until_epoch": 1},
+                    "augmentation": {"operations": 2, "erase": 0.3},
+                },
+                "distillation": {"teacher": TEACHER, "weights": "teacher.pth", "top": 4, "delegator": True},
+            },
         },
     ],
 )
 def test_a_stopped_run_goes_on_to_the_last_bit(small_data: Path, tmp_path: Path, training: dict[str, Any]) -> None:
     """The wish to stop is there before the workers start, so that the first run makes one step."""
+    if "sections" in training:
+        taught = {**training["sections"]["distillation"], "weights": str(save_teacher(tmp_path / "teacher.pth"))}
+        training = {**training, "sections": {**training["sections"], "distillation": taught}}
     whole, whole_run = job_file(tmp_path, small_data, "whole", **training)
     done = torchrun(2, str(whole))
     assert done.returncode == 0, done.stderr[-4000:]
