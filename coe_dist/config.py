@@ -37,9 +37,14 @@ class NetworkConfig(Section):
     options: dict[str, int | Finite | str | bool | list[int]] = Field(default_factory=dict)
 
 
-class ExpertsConfig(NetworkConfig):
+class PretrainableConfig(NetworkConfig):
+    initial_weights: str | None = None  # file to start from (training/initial_weights.py); none: random weights
+
+
+class ExpertsConfig(PretrainableConfig):
     count: Annotated[int, Field(ge=2, le=4096)] = 4
     per_sample: Annotated[int, Field(ge=1, le=4096)] | None = None  # k; none means every expert (dense)
+    initial_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01  # on initial_weights, times each tensor's size
 
 
 class AugmentationConfig(Section):
@@ -170,7 +175,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     runs_dir: str = "runs"
     data: DataConfig = DataConfig()
-    delegator: NetworkConfig = NetworkConfig()
+    delegator: PretrainableConfig = PretrainableConfig()
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     training: TrainingConfig = TrainingConfig()

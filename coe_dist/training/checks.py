@@ -14,7 +14,7 @@ from coe_dist.data.loaders import check_loader
 from coe_dist.data.sidecar import SPLITS, SplitInfo, read_sidecar
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
-from coe_dist.training.networks import NetworkBuilder
+from coe_dist.training.networks import NetworkBuilder, starting_networks
 from coe_dist.training.teacher import configured_teacher
 
 
@@ -35,6 +35,7 @@ def check_run(config: RunConfig) -> NetworkBuilder:
     builder = NetworkBuilder(config, train)
     delegator_macs, expert_macs = builder.collaboration_macs()
     check_budget("early_exit.macs_budget", config.early_exit.macs_budget, delegator_macs, expert_macs)
+    starting_networks(builder, [0])
     check_smallest_images(builder)
     check_empty_batches(builder)
     configured_teacher(config, train, torch.device("cpu"))

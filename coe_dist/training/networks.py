@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from coe_dist.parallel.groups import Group, Groups
 from coe_dist.seeds import derive_seed
 from coe_dist.training.ema import WeightAverage
 from coe_dist.training.engines import NetworkEngine, build_engine
+from coe_dist.training.initial_weights import add_noise, start_from_file
 from coe_dist.training.optim import build_optimizer
 
 
@@ -113,19 +115,41 @@ def engine_for(
     )
 
 
+def starting_networks(builder: NetworkBuilder, hosted: Iterable[int]) -> tuple[nn.Module, dict[int, nn.Module]]:
+    """The delegator and the given experts as training begins with them; warns once of what a file did not give.
+
+    Raises InputError naming the field when such a file is missing or does not fit.
+    """
+    config = builder.config
+    delegator = builder.delegator()
+    skipped = [start_from_file(delegator, "delegator", config.delegator, config)]
+    experts = {}
+    for expert in hosted:
+        experts[expert] = builder.expert(expert)
+        skipped.append(start_from_file(experts[expert], "experts", config.experts, config))
+        if config.experts.initial_weights is not None:
+            add_noise(experts[expert], config.experts.initial_noise, config.seed, expert)
+    for line in dict.fromkeys(filter(None, skipped)):
+        warnings.warn(line, stacklevel=1)
+    return delegator, experts
+
+
 def collaboration_engines(
-    config: RunConfig, builder: NetworkBuilder, groups: Groups, device: torch.device
+    config: RunConfig, builder: NetworkBuilder, groups: Groups, device: torch.device, *, starts: bool = True
 ) -> tuple[NetworkEngine, dict[int, NetworkEngine]]:
-    """The delegator's engine and one per hosted expert, created in global expert order. Collective."""
+    """The delegator's engine and one per hosted expert, created in global expert order. Collective.
+
+    starts: whether they are to be trained and may start from files; else a save is loaded into them.
+    """
     optimizer = config.training.optimizer
-    delegator = engine_for(
-        "delegator", builder.delegator(), config, groups.world, groups, device, optimizer.learning_rate
-    )
+    if starts:
+        own, networks = starting_networks(builder, groups.hosted)
+    else:
+        own, networks = builder.delegator(), {expert: builder.expert(expert) for expert in groups.hosted}
+    delegator = engine_for("delegator", own, config, groups.world, groups, device, optimizer.learning_rate)
     rate = optimizer.expert_learning_rate or optimizer.learning_rate
     experts = {
-        expert: engine_for(
-            f"expert {expert}", builder.expert(expert), config, groups.experts[expert], groups, device, rate
-        )
+        expert: engine_for(f"expert {expert}", networks[expert], config, groups.experts[expert], groups, device, rate)
         for expert in groups.hosted
     }
     return delegator, experts

@@ -37,6 +37,7 @@ from coe_dist.errors import InputError
 from coe_dist.seeds import derive_seed
 from coe_dist.training.checkpoint import network_file
 from coe_dist.training.inspection import Collaboration, described, open_collaboration, recorded_loads
+from coe_dist.training.noise import noise_for, with_noise
 from coe_dist.training.parents import NoLoadsError, choose_parents
 
 DEFAULT_NOISE = 0.01
@@ -182,25 +183,6 @@ def _write_delegator(path: Path, save: Path, experts: int, parents: list[int]) -
 def _write(path: Path, content: bytes) -> dict[str, str]:
     path.write_bytes(content)
     return {path.name: hashlib.sha256(content).hexdigest()}
-
-
-def noise_for(
-    weights: dict[str, torch.Tensor], trainable: set[str], noise: float, seed: int
-) -> dict[str, torch.Tensor]:
-    """For each trainable tensor normal noise of `noise` times its root mean square, float64, reproducible by `seed`."""
-    result = {}
-    for name in sorted(trainable):
-        value = weights[name].double()
-        generator = torch.Generator().manual_seed(derive_seed(seed, name))
-        spread = noise * value.square().mean().sqrt()
-        result[name] = torch.randn(value.shape, generator=generator, dtype=torch.float64) * spread
-    return result
-
-
-def with_noise(weights: dict[str, torch.Tensor], noise: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy of `weights` with noise added in float64 to the tensors that have some."""
-    moved = {name: (weights[name].double() + added).to(weights[name].dtype) for name, added in noise.items()}
-    return weights | moved
 
 
 def _trainable(section: NetworkConfig, weights: dict[str, torch.Tensor], path: Path) -> set[str]:

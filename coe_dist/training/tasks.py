@@ -111,7 +111,9 @@ class CollaborationTask:
         self.problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
         # before the engines: a router process starts while they are built
         self.solver = build_solver(job, self.problems, groups, open_channel)
-        self.delegator, self.hosted = collaboration_engines(config, builder, groups, device)
+        self.delegator, self.hosted = collaboration_engines(
+            config, builder, groups, device, starts=job.task != "evaluate"
+        )
         self.averages = averages_of(self.engines(), config.training.ema_decay)
         router = Router(
             groups,

@@ -60,7 +60,7 @@ def configured_teacher(config: RunConfig, info: SplitInfo, device: torch.device)
     Raises InputError naming the field when there is no such network, or its file is missing or does not fit.
     """
     from coe_dist.coe.teachers import build_teacher
-    from coe_dist.training.weights_file import load_strictly, read_weights
+    from coe_dist.training.weights_file import check_fit, read_weights
 
     section = config.distillation
     if section is None:
@@ -79,8 +79,10 @@ def configured_teacher(config: RunConfig, info: SplitInfo, device: torch.device)
         )
     except ValueError as error:
         raise InputError(f"distillation.{error}") from error
-    weights = read_weights("distillation.weights", Path(section.weights))
-    load_strictly("distillation.weights", Path(section.weights), network.network, weights)
+    path, own = Path(section.weights), network.network.state_dict()
+    weights = read_weights("distillation.weights", path)
+    check_fit("distillation.weights", path, weights, own, own)
+    network.network.load_state_dict(weights)
     network.to(device=device, dtype=torch.float64 if config.training.precision == "fp64" else None)
     return Teacher(
         network,

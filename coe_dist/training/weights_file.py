@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from coe_dist.errors import InputError
 
@@ -43,17 +42,16 @@ def read_weights(field: str, path: Path) -> Weights:
     return {str(name).removeprefix(prefix): value for name, value in content.items()}
 
 
-def load_strictly(field: str, path: Path, network: nn.Module, weights: Weights) -> None:
-    """Loads the weights of the whole network. Raises InputError naming what is missing, unknown or of another shape."""
-    own = network.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in weights]
+def check_fit(field: str, path: Path, weights: Weights, own: Weights, needed: Iterable[str]) -> None:
+    """Raises InputError naming tensors that are missing of those needed, unknown to the network's `own` state dict, or
+    of another shape."""
+    wrong = [f"{name} is missing" for name in sorted(needed) if name not in weights]
     wrong += [f"{name} is unknown" for name in weights if name not in own]
     wrong += [
-        f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} is {list(value.shape)}, not {list(own[name].shape)}"
+        for name, value in weights.items()
+        if name in own and value.shape != own[name].shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{field}: {path} does not fit the network: {', '.join(wrong[:3])}{more}")
-    network.load_state_dict(weights)
