@@ -2,7 +2,8 @@
 
 Images stored raw at the loader's resolution are laid into their slots straight from the memory-mapped file: shifted
 with zero fill, mirrored, channels first. All others are decoded where they are JPEGs, and cropped, resized and laid by
-resample.py in one pass. Last come the random operations that the configuration asks for. The parts of a batch run in parallel; the parameters come from augment.py.
+resample.py in one pass. Last come the random operations that the configuration asks for. The parts of a batch run in
+parallel; the parameters come from augment.py and random_operations.py.
 """
 
 from __future__ import annotations

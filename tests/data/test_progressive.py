@@ -14,6 +14,7 @@ from coe_dist.config import AugmentationConfig, ProgressiveConfig
 from coe_dist.data.beton import write_dataset
 from coe_dist.data.fashion_mnist import open_fashion_mnist
 from coe_dist.data.loader import SplitLoader
+from coe_dist.data.loaders import open_loader
 from coe_dist.data.order import share
 from coe_dist.data.progressive import resolution_of
 
@@ -88,6 +89,30 @@ def test_random_crops_do_not_depend_on_the_size(image_tree: Path, tmp_path: Path
     assert float(distance.max()) < 0.5 * float(strangers.min())
     small.close()
     large.close()
+
+
+def test_the_torchvision_loader_keeps_to_it_too(fashion: Path) -> None:
+    operations = AugmentationConfig(flip=True, shift=2, operations=2, erase=0.5)
+    for epoch, augmentation, most in ((0, PLAIN, 1), (3, operations, 0)):  # resized; not resized but altered
+        pair = [
+            open_loader(
+                name,
+                fashion / "train.beton",
+                **{"global_batch": 32, "rank": 2, "world_size": 3, "resolution": 28, "seed": 5, "train": True},
+                augmentation=augmentation,
+                progressive=RAMP,
+                limit=65,  # the last batch has one image, which is another rank's
+            )
+            for name in ("ffcv", "torchvision")
+        ]
+        batches = [list(loader.epoch(epoch)) for loader in pair]
+        assert [len(batch.ids_B) for batch in batches[1]] == [10, 10, 0]
+        for one, other in zip(*batches, strict=True):
+            assert one.images_BCHW.shape == other.images_BCHW.shape
+            difference = (one.images_BCHW.int() - other.images_BCHW.int()).abs()
+            assert int(difference.max() if difference.numel() else 0) <= most
+        for loader in pair:
+            loader.close()
 
 
 def test_evaluation_is_always_at_the_full_size(fashion: Path) -> None:
