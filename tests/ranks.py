@@ -82,3 +82,6 @@ def _main(target: str, folder: str) -> None:
 
 if __name__ == "__main__":
     _main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as worker.py: native threads of the libraries now and then abort a process that is torn down

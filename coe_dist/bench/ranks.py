@@ -97,6 +97,9 @@ def serve(measure: Callable[[Record], Record]) -> None:
         (folder / "answer.json").write_text(json.dumps(answer))
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # native threads of the libraries now and then abort a process that is torn down
 
 
 def alternate(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Seconds]]:
