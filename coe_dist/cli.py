@@ -49,6 +49,7 @@ WeightsOption = Annotated[
 CheckpointOption = Annotated[
     str, typer.Option(help="Which save: latest, best (on validation), or a number of optimizer steps.")
 ]
+Address = Annotated[str | None, typer.Option(help="A running Ray cluster.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -129,7 +130,7 @@ def evaluate(
     ] = None,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run; every image is counted once. Figures of other networks than the newest are shown but not kept."""
@@ -157,7 +158,7 @@ def calibrate(
     ] = None,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose on validation from which confidence images exit early, and keep it with the run."""

@@ -14,6 +14,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from coe_dist.leaving import leave
+
 TESTS = Path(__file__).parent
 
 
@@ -82,6 +84,4 @@ def _main(target: str, folder: str) -> None:
 
 if __name__ == "__main__":
     _main(*sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as worker.py: native threads of the libraries now and then abort a process that is torn down
+    leave()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from coe_dist.bench.record import Record
 from coe_dist.errors import TrainingError
+from coe_dist.leaving import leave
 
 Seconds = tuple[float, float]  # wall seconds of the slowest rank, CPU seconds of all ranks together
 
@@ -97,9 +98,7 @@ def serve(measure: Callable[[Record], Record]) -> None:
         (folder / "answer.json").write_text(json.dumps(answer))
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # native threads of the libraries now and then abort a process that is torn down
+    leave()
 
 
 def alternate(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Seconds]]:

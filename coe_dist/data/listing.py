@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from coe_dist.data.labels import read_labels
@@ -63,17 +63,26 @@ def list_other(
 
 def images_in(folder: Path) -> Iterator[Path]:
     """The image files of a folder and of those in it, by their suffix; hidden ones and clutter left out."""
+    return map(Path, walk_images(folder, _ignored))
+
+
+def walk_images(
+    folder: Path | str, ignored: Callable[[str], bool], on_error: Callable[[OSError], None] | None = None
+) -> Iterator[str]:
+    """The image files below a folder by their suffix, as os.walk names them: its own sorted by name, then those of its
+    sorted subfolders. ignored: names of files and folders to leave out; on_error: told of folders that cannot be
+    listed."""
     visited = set()  # links may form a ring
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=on_error, followlinks=True):
         real = os.path.realpath(place)
         if real in visited:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not _ignored(name))
+        folders[:] = sorted(name for name in folders if not ignored(name))
         for name in sorted(files):
-            if not _ignored(name) and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(place) / name
+            if not ignored(name) and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield os.path.join(place, name)
 
 
 def _ignored(name: str) -> bool:

@@ -27,8 +27,8 @@ from coe_dist.tracking.runs import run_id_of
 from coe_dist.tracking.store import connect, redact, settle_mlflow, uri_of_run
 from coe_dist.training.chosen import LATEST, Weights
 from coe_dist.training.export import export_weights
+from coe_dist.training.new_folder import check_new, new_folder
 from coe_dist.training.run_folder import load_run_config
-from coe_dist.training.scaling import check_new
 
 MODEL_NAME = "collaboration"  # of the model inside its MLflow run
 _UPLOAD_SECONDS = "60"  # for one answer of a server that takes weights; tracking's own limit is for a few numbers
@@ -85,7 +85,9 @@ def export_mlflow(
                     raise InputError(message) from error
                 exported.warnings.append(message)
         if out is not None:
-            _move(_save(folder, "saved"), out)
+            model = _save(folder, "saved")
+            with new_folder(out) as partial:
+                shutil.copytree(model, partial, dirs_exist_ok=True)
             exported.places.append(str(out))
     return exported
 
@@ -174,18 +176,6 @@ def _log(folder: Path, uri: str, run_id: str, register: str | None) -> str:
     link = [{"name": register, "version": version.version}]
     client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": json.dumps(link)})
     return f"models:/{register}/{version.version}"
-
-
-def _move(model: Path, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
-        shutil.copytree(model, partial)
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"--out: {out} is not allowed; it cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _line(error: BaseException) -> str:

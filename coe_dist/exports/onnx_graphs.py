@@ -15,7 +15,6 @@ import importlib.util
 import json
 import logging
 import re
-import shutil
 import tempfile
 import warnings as python_warnings
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts, PretrainedConfig, expert_stems, read_config
 from coe_dist.training.chosen import LATEST, Weights
 from coe_dist.training.export import export_weights
-from coe_dist.training.scaling import check_new
+from coe_dist.training.new_folder import check_new, new_folder
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4  # of logits, relative to the largest: graphs that are further off are not written
@@ -59,17 +58,9 @@ def convert(weights: Path, out: Path) -> None:
     _check_packages()
     check_new(out)
     model, config = CollaborationOfExperts.from_pretrained(weights).float(), read_config(weights)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         _write_graphs(model, config, partial)
         (partial / "manifest.json").write_text(json.dumps(_manifest(config, partial), indent=1, ensure_ascii=False))
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"--out: {out} is not allowed; it cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_packages() -> None:

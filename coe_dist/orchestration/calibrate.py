@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coe_dist.errors import InputError
-from coe_dist.orchestration.display import percent, show_evaluation
+from coe_dist.orchestration.display import show_evaluation
+from coe_dist.orchestration.progress_state import percent
 from coe_dist.orchestration.runs import evaluate
 
 

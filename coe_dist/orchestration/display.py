@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from coe_dist.orchestration.progress_state import percent
+
 
 def show_evaluation(result: dict[str, Any], run_dir: Path) -> None:
     """Prints the figures of one evaluation."""
@@ -57,7 +59,3 @@ def show_summary(summary: dict[str, Any], run_dir: Path) -> None:
     console.print(table)
     console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items()))
     console.print(f"report:  {run_dir / 'report.html'}\nMLflow:  coe-dist ui {run_dir.parent}", soft_wrap=True)
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}%"

@@ -94,9 +94,8 @@ def _fit(
     os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would print every line twice
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    os.environ.setdefault(
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10"
-    )  # an attempt to find room, not the wait for it
+    # an attempt to find room, not the wait for it
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     import ray
     import ray.train

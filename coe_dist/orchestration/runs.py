@@ -159,7 +159,8 @@ def evaluate(
     check_threshold(threshold, macs_budget)
     workers = config.workers
     if address is None and not workers.oversubscribe:
-        count = min(workers.most, usable_cores(), *filter(None, [usable_gpus() if workers.device != "cpu" else 0]))
+        gpus = usable_gpus() if workers.device != "cpu" else 0
+        count = min(workers.most, usable_cores(), gpus or workers.most)
         workers = workers.model_copy(update={"count": count, "min": None, "max": None})
     config = config.model_copy(update={"workers": workers})
     builder = check_run(config)

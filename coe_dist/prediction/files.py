@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from coe_dist.data.listing import SUFFIXES
+from coe_dist.data.listing import SUFFIXES, walk_images
 from coe_dist.errors import InputError
 
 
@@ -65,14 +65,4 @@ def _images(folder: str, unreadable: dict[str, Broken]) -> Iterator[str]:
         name = str(error.filename)
         unreadable[name] = Broken(name, f"{type(error).__name__}: {error.strerror}")
 
-    visited = set()  # links may form a ring
-    for place, folders, files in os.walk(folder, onerror=note, followlinks=True):
-        real = os.path.realpath(place)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield os.path.join(place, name)
+    return walk_images(folder, lambda name: name.startswith("."), note)

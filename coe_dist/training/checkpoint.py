@@ -12,7 +12,6 @@ never runs code from the file. This module names, checks and reads saves; saving
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from coe_dist.data.sidecar import sha256_of
 from coe_dist.errors import InputError
 from coe_dist.parallel.groups import Groups
 from coe_dist.training.ema import WeightAverage
@@ -51,11 +51,6 @@ def save_name(step: int) -> str:
 def network_file(name: str) -> str:
     """'delegator' -> delegator, 'expert 3' -> expert-0003 (stem of its files)."""
     return f"expert-{int(name.split()[1]):04d}" if name.startswith("expert") else name
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _saves(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from coe_dist.inference import CONFIG_FILE, PretrainedConfig, WeightsFile
 from coe_dist.training.checkpoint import AVERAGE, WEIGHTS, load_weights
 from coe_dist.training.chosen import LATEST, Networks, Weights, chosen_weights
 from coe_dist.training.inspection import Collaboration, described, open_collaboration
-from coe_dist.training.scaling import check_new
+from coe_dist.training.new_folder import check_new, new_folder
 from coe_dist.training.thresholds import Threshold, stored_threshold
 
 
@@ -43,18 +43,10 @@ def export_weights(
     if threshold is None:
         threshold = _threshold(run_dir, source)
     config = pretrained_config(run_dir, source, weights, threshold.value)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         for name in config.files:
             shutil.copyfile(source.save / _saved_as(name, weights), partial / name)
         (partial / CONFIG_FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1, ensure_ascii=False))
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"--out: {out} is not allowed; it cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return [*source.warnings, *threshold.doubts(Networks(config.step, weights))]
 
 

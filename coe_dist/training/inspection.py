@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from coe_dist.config import RunConfig, parse_config
+from coe_dist.data.sidecar import sha256_of
 from coe_dist.errors import InputError
 from coe_dist.tracking.journal import read_metrics
 from coe_dist.training.checkpoint import (
@@ -23,7 +24,6 @@ from coe_dist.training.checkpoint import (
     damage,
     latest_valid,
     network_file,
-    sha256_of,
     stems,
 )
 from coe_dist.training.chosen import LATEST, find_save, valid_save

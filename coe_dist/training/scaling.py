@@ -37,6 +37,7 @@ from coe_dist.errors import InputError
 from coe_dist.seeds import derive_seed
 from coe_dist.training.checkpoint import network_file
 from coe_dist.training.inspection import Collaboration, described, open_collaboration, recorded_loads
+from coe_dist.training.new_folder import check_new, new_folder
 from coe_dist.training.noise import noise_for, with_noise
 from coe_dist.training.parents import NoLoadsError, choose_parents
 
@@ -77,10 +78,8 @@ def scale(run_dir: Path, *, experts: int, out: Path, named: Sequence[int] = (), 
             f"{run_dir}: it records no loads of its experts; name experts with --from-expert, or evaluate the run with "
             "`coe-dist evaluate --split validation` first"
         ) from None
-    partial = out.with_name(f".{out.name}.partial")
-    save = partial / "checkpoints" / source.save.name
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
+    with new_folder(out) as partial:
+        save = partial / "checkpoints" / source.save.name
         save.mkdir(parents=True)
         files = {name: digest for part in _write_files(source, save, parents, noise) for name, digest in part.items()}
         origin = {"run": str(run_dir), "checkpoint": source.save.name, "parents": parents, "noise": noise}
@@ -94,11 +93,6 @@ def scale(run_dir: Path, *, experts: int, out: Path, named: Sequence[int] = (), 
         (save / "manifest.json").write_text(json.dumps(manifest, indent=1))
         (save.parent / "latest").write_text(save.name)
         (partial / "config.yaml").write_text(config.to_yaml())
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"--out: {out} is not allowed; it cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Scaled(
         out, out / "checkpoints" / save.name, parents, loads[0] if loads else None, [*source.warnings, *notes]
     )
@@ -112,12 +106,6 @@ def show_scaled(scaled: Scaled) -> None:
         load = "" if scaled.loads is None else f" (chosen for {100 * scaled.loads[parent]:.1f}% of the images)"
         print(f"expert {expert} {'is a copy of' if parent in scaled.parents[:expert] else 'is'} expert {parent}{load}")
     print(f"continue: coe-dist train {scaled.run_dir / 'config.yaml'} training.epochs=N")
-
-
-def check_new(out: Path) -> None:
-    """Raises InputError when something of this name exists."""
-    if out.exists() or out.is_symlink():
-        raise InputError(f"--out: {out} is not allowed; it exists already, give a new folder")
 
 
 def _scaled_config(config: RunConfig, experts: int, out: Path) -> tuple[RunConfig, list[str]]:

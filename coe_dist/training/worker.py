@@ -21,6 +21,7 @@ from coe_dist.coe.warm_up import warm_up, warm_up_pwlu
 from coe_dist.config import RunConfig, load_config
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, InputError, TrainingError
+from coe_dist.leaving import leave
 from coe_dist.parallel.groups import Groups, create_groups
 from coe_dist.parallel.process_solver import OpenChannel
 from coe_dist.parallel.router_process import ChildChannel
@@ -179,7 +180,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # all is written; native threads of the libraries now and then abort a process that is torn down
+    leave(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import ray
+from heard import Heard
 from ray.cluster_utils import Cluster
 
 from coe_dist import tracking
@@ -22,15 +23,6 @@ from coe_dist.orchestration.ray_session import connect
 from coe_dist.orchestration.ray_train import run_under_ray
 from coe_dist.training.job import Job
 from coe_dist.training.stopping import preempted_at, request_stop
-
-
-class Heard(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
 
 
 def train(job):

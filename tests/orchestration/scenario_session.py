@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from heard import Heard
 
 from coe_dist.config import parse_config
 from coe_dist.errors import InputError, TrainingError
@@ -75,15 +76,6 @@ def outcome(worker_fn, session, folder, **workers):
     except (InputError, TrainingError) as error:
         return {"error": type(error).__name__, "message": str(error)}
     return {"error": None}
-
-
-class Heard(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
 
 
 if __name__ == "__main__":
