@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -473,6 +474,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"{error.filename or 'a file'} could not be written: {error.strerror}", EXIT_FAILED)
         if hasattr(error, "format_message"):  # the command line itself was wrong
             _fail(error.format_message(), EXIT_BAD_INPUT)
         raise

@@ -5,6 +5,7 @@ Failures are kept by rank; -1 stands for one that Ray could not assign to a rank
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import traceback
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coe_dist.errors import InputError, TrainingError
+
+_log = logging.getLogger("coe_dist.failures")
 
 # gloo writes its own paths into its messages; the router process's end is told to all ranks as text
 _LOST = re.compile(r"\bgloo/|router process \(pid \w+\) ended")
@@ -82,13 +85,19 @@ def root_cause(failures: Mapping[int, BaseException]) -> InputError | TrainingEr
 
 
 def write_account(run_dir: Path, failures: Mapping[int, BaseException]) -> Path:
-    """Writes every rank's traceback to <run_dir>/error.txt, earliest first; returns its path."""
+    """Writes every rank's traceback to <run_dir>/error.txt, earliest first; returns its path.
+
+    Never raises: a full disk costs a warning and the account, not the line that names the cause.
+    """
     path = run_dir / "error.txt"
     parts = []
     for rank, failure in sorted(failures.items(), key=lambda item: getattr(item[1], "when", 0.0)):
         account = failure.account if isinstance(failure, WorkerFailed) else f"{type(failure).__name__}: {failure}\n"
         parts.append(f"==== {f'rank {rank}' if rank >= 0 else 'Ray'} ====\n{account}")
-    path.write_text("\n".join(parts))
+    try:
+        path.write_text("\n".join(parts))
+    except OSError as error:
+        _log.warning("%s could not be written: %s", path, error.strerror)
     return path
 
 

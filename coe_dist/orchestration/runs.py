@@ -35,12 +35,15 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
     end; then there is no report.
     """
     from coe_dist.report.build import write_report
+    from coe_dist.training.checkpoint import check_newest
     from coe_dist.training.checks import check_run
 
     if address is None:
         check_workers(config)
-    check_run(config)
+    classes = check_run(config).info.classes
     check_folder(config, overwrite=overwrite)
+    if not overwrite:
+        check_newest(config.run_dir / "checkpoints", experts=config.experts.count, classes=classes)
     with session_for(config, address) as session:
         run_dir = train_in(session, config, overwrite=overwrite)
     tracking.log_artifacts(config, tracking.run_id_of(run_dir), [write_report([run_dir])])

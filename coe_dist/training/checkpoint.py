@@ -75,10 +75,7 @@ def damage(save: Path) -> str:
         return f"manifest.json: {error}"
     if not isinstance(manifest, dict):
         return "manifest.json: not a mapping of keys"
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{save}: checkpoint format {manifest.get('format')} is not allowed; this version reads format {FORMAT}"
-        )
+    _check_format(save, manifest)
     files = manifest.get("files")
     if not isinstance(files, dict) or not files or any(name not in manifest for name in ("experts", *vars(Position()))):
         return "manifest.json: incomplete"
@@ -147,14 +144,7 @@ def load(
     averages where some are asked for.
     """
     manifest = json.loads((save / "manifest.json").read_text())
-    if manifest["experts"] != experts:
-        raise InputError(
-            f"{save}: it holds {manifest['experts']} experts, experts.count is {experts}; "
-            "`coe-dist scale` changes the count"
-        )
-    trained = manifest.get("classes")
-    if classes is not None and trained is not None and list(classes) != trained:
-        raise InputError(f"{save}: its classes are {_told(trained)}, those of the data {_told(classes)}")
+    _check_content(save, manifest, experts, classes)
     for engine in engines:
         load_weights(save, engine.network, engine.name)
         path = save / f"{network_file(engine.name)}.{OPTIMIZER}"
@@ -167,6 +157,38 @@ def load(
         average.updates = int(manifest["ema"]["updates"])
     position = Position(*(manifest[name] for name in ("step", "epoch", "step_in_epoch", "micro_step")))
     return position, manifest
+
+
+def check_newest(folder: Path, *, experts: int, classes: Sequence[str]) -> None:
+    """Raises InputError where the newest save is of another format version, of another number of experts or of other
+    classes. Reads a manifest, not the files: before any worker starts."""
+    for save in complete_saves(folder)[:1]:
+        try:
+            manifest = json.loads((save / "manifest.json").read_bytes())
+        except (OSError, ValueError):
+            return  # damaged: the workers fall back to the one before
+        if isinstance(manifest, dict):
+            _check_format(save, manifest)
+            if "experts" in manifest:
+                _check_content(save, manifest, experts, classes)
+
+
+def _check_format(save: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{save}: checkpoint format {manifest.get('format')} is not allowed; this version reads format {FORMAT}"
+        )
+
+
+def _check_content(save: Path, manifest: Mapping[str, Any], experts: int, classes: Sequence[str] | None) -> None:
+    if manifest["experts"] != experts:
+        raise InputError(
+            f"{save}: it holds {manifest['experts']} experts, experts.count is {experts}; "
+            "`coe-dist scale` changes the count"
+        )
+    trained = manifest.get("classes")
+    if classes is not None and trained is not None and list(classes) != trained:
+        raise InputError(f"{save}: its classes are {_told(trained)}, those of the data {_told(classes)}")
 
 
 def _told(classes: Sequence[str]) -> str:

@@ -157,8 +157,11 @@ def main(arguments: list[str]) -> int:
         else:
             config = load_config(arguments[0], arguments[1:])
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
-            check_run(config.model_copy(update={"workers": config.workers.model_copy(update={"count": world_size})}))
-            check_folder(config, overwrite=False)  # every rank refuses by itself, none waits for another
+            workers = config.workers.model_copy(update={"count": world_size})
+            # every rank refuses by itself, none waits for another
+            classes = check_run(config.model_copy(update={"workers": workers})).info.classes
+            check_folder(config, overwrite=False)
+            checkpoint.check_newest(config.run_dir / "checkpoints", experts=config.experts.count, classes=classes)
             if os.environ.get("RANK", "0") == "0":
                 prepare_folder(config, overwrite=False)
             job = Job(task="train", config=config, run_dir=str(config.run_dir.absolute()))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from parallel.parity_cases import build_step, largest_error
 from reference import Case, batch_of
+from small_disk import fill
 
 from coe_dist.data.order import share
 from coe_dist.errors import TrainingError
@@ -103,12 +104,7 @@ def run_full_disk(folder: Path) -> None:
     train(case, groups, step, 1, 2)
     messages = []
     if groups.rank == 0:
-        with (small / "ballast").open("wb", buffering=0) as ballast:
-            try:
-                while True:
-                    ballast.write(bytes(1024))
-            except OSError:
-                ballast.truncate(ballast.tell() - 12 * 1024)  # room for some of the files, not for all
+        fill(small / "ballast", leave=12 * 1024)  # room for some of the files, not for all
     torch.distributed.barrier()
     for position in (Position(2), Position(2), Position(3)):  # a failed save must not make the next one hang
         try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from parallel.parity_cases import build_step
 from ranks import run_ranks
 from reference import Case
+from small_disk import small_disk
 from training import checkpoint_cases
 from training.checkpoint_cases import digests, engines_of, save, train
 
@@ -241,20 +240,10 @@ def test_a_save_of_other_classes_is_refused(tmp_path: Path) -> None:
         checkpoint.load(made, engines, experts=CASE.experts, classes=("cat", "eel", "dog", "fox"))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount the small file system that this test fills")
-    place = tmp_path / "small-disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(place)], check=True)
-    yield tmp_path
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_full_disk_keeps_the_save_before_and_is_told_on_every_rank(small_disk: Path) -> None:
-    run_ranks(2, "training.checkpoint_cases:run_full_disk", small_disk)
-    told = [json.loads((small_disk / f"messages-{rank}.json").read_text()) for rank in range(2)]
+def test_a_full_disk_keeps_the_save_before_and_is_told_on_every_rank(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small-disk", "400k"):
+        run_ranks(2, "training.checkpoint_cases:run_full_disk", tmp_path)
+    told = [json.loads((tmp_path / f"messages-{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
     assert len(told[0]) == 3
     for message in told[0]:
