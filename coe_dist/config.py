@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -301,6 +301,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises InputError (one line) for a missing file, broken YAML, an unknown key or a value that is not allowed.
     """
+    return parse_config(read_yaml(path, overrides))
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The file's content with the overrides, as plain dictionaries. Raises InputError as load_config does."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such configuration file")
@@ -314,7 +319,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                     f"override {override!r} is not allowed; write key=value, for instance training.epochs=3"
                 )
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(tree, resolve=True)
+        return OmegaConf.to_container(tree, resolve=True)
     except InputError:
         raise
     except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -323,15 +328,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if type(error).__module__.startswith("yaml"):
             raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         raise
-    return parse_config(content)
 
 
 def parse_config(content: Any) -> RunConfig:
     """Builds a RunConfig from plain dictionaries; InputError names the first field that is not allowed."""
+    return parse(RunConfig, content)
+
+
+Schema = TypeVar("Schema", bound=Section)
+
+
+def parse(schema: type[Schema], content: Any) -> Schema:
+    """The same for any schema made of Sections."""
     try:
-        return RunConfig.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
-        raise InputError(describe(error)) from None
+        raise InputError(describe(error, schema)) from None
 
 
 class _RefusedError(ValueError):
@@ -342,7 +354,7 @@ def _refused(field: str, value: object, allowed: str) -> _RefusedError:
     return _RefusedError(f"{field}: {value} is not allowed; {allowed}")
 
 
-def describe(error: ValidationError) -> str:
+def describe(error: ValidationError, schema: type[BaseModel] = RunConfig) -> str:
     """One line for the first problem pydantic found: field, value, what is allowed."""
     first = error.errors()[0]
     location, kind, value = first["loc"], first["type"], first["input"]
@@ -357,24 +369,29 @@ def describe(error: ValidationError) -> str:
         cause = context.get("error")
         return str(cause) if isinstance(cause, _RefusedError) else f"{field}: {cause}"
     if kind == "extra_forbidden":
-        return f"{field}: unknown key; allowed here: {', '.join(_allowed_keys(location))}"
+        return f"{field}: unknown key; allowed here: {', '.join(_allowed_keys(schema, location))}"
     if kind == "missing":
         return f"{field}: missing; it must be given"
-    return f"{field}: {value!r} is not allowed; give {_allowed(location, kind, context, first['msg'])}"
+    return f"{field}: {value!r} is not allowed; give {_allowed(schema, location, kind, context, first['msg'])}"
 
 
-def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = RunConfig
+def _allowed_keys(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    section = schema
     for part in location[:-1]:
+        if str(part) not in section.model_fields:  # a key of `dict[str, Section]`
+            continue
         annotation = section.model_fields[str(part)].annotation
-        sections = [member for member in get_args(annotation) if member is not type(None)]
-        annotation = sections[0] if sections else annotation  # of `Section | None`
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        # of `Section | None` and of `dict[str, Section]`
+        for member in (annotation, *get_args(annotation)):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                section = member
+                break
     return list(section.model_fields)
 
 
-def _allowed(location: tuple[int | str, ...], kind: str, context: dict[str, Any], message: str) -> str:
+def _allowed(
+    schema: type[BaseModel], location: tuple[int | str, ...], kind: str, context: dict[str, Any], message: str
+) -> str:
     if kind == "literal_error":
         return str(context["expected"]).replace("'", "")
     if kind == "string_pattern_mismatch":
@@ -383,15 +400,15 @@ def _allowed(location: tuple[int | str, ...], kind: str, context: dict[str, Any]
         return "a finite number, text, true or false, or a list of whole numbers"
     if kind in ("dict_type", "model_type"):
         return "a mapping of keys"
-    bounds, whole = _bounds(location)
+    bounds, whole = _bounds(schema, location)
     if bounds:
         return f"{'a whole number' if whole else 'a number'} {bounds}"
     return {"string_type": "text", "bool_type": "true or false"}.get(kind, message.removeprefix("Input should be "))
 
 
-def _bounds(location: tuple[int | str, ...]) -> tuple[str, bool]:
+def _bounds(of: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, bool]:
     """The range that a numeric field's schema allows, in words, and whether it takes whole numbers."""
-    schema: dict[str, Any] = RunConfig.model_json_schema()
+    schema: dict[str, Any] = of.model_json_schema()
     node: dict[str, Any] = schema
     for part in location:
         properties = node.get("properties", {})

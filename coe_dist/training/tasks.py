@@ -57,7 +57,8 @@ class Task(Protocol):
         """Figures on the validation split. Collective."""
 
     def finish(self, batches: Batches, step: int) -> None:
-        """Calibrates on validation, reports on test, writes the result files. step: of the networks. Collective."""
+        """Calibrates on validation, reports on test (if the job has it), writes the result files. step: of the
+        networks. Collective."""
 
 
 def build_task(
@@ -106,7 +107,7 @@ class CollaborationTask:
     ) -> None:
         config = job.config
         self.config, self.builder, self.groups, self.device = config, builder, groups, device
-        self.run_dir, self.classes = Path(job.run_dir), builder.info.classes
+        self.run_dir, self.classes, self.splits = Path(job.run_dir), builder.info.classes, job.final_splits
         self.experts, self.experts_per_sample = config.experts.count, config.experts_per_sample
         self.problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
         # before the engines: a router process starts while they are built
@@ -233,11 +234,9 @@ class CollaborationTask:
         if kept is not None and kept.calibrated_for == self._networks(
             step
         ):  # by a user, since: a run without steps left
-            self.report(batches, ("validation", "test"), step=step, budget=None, given=kept)
+            self.report(batches, self.splits, step=step, budget=None, given=kept)
         else:
-            self.report(
-                batches, ("validation", "test"), step=step, budget=exits.macs_budget, given=Threshold(exits.threshold)
-            )
+            self.report(batches, self.splits, step=step, budget=exits.macs_budget, given=Threshold(exits.threshold))
 
     def _networks(self, step: int) -> Networks:
         return Networks(step, "ema" if self.averages else "raw")
@@ -287,7 +286,7 @@ class SingleTask:
         assert job.network is not None
         config = job.config
         self.config, self.groups, self.device, self.run_dir = config, groups, device, Path(job.run_dir)
-        self.classes = builder.info.classes
+        self.classes, self.splits = builder.info.classes, job.final_splits
         optimizer = config.training.optimizer
         self.learning_rate = optimizer.expert_learning_rate or optimizer.learning_rate
         # the seed of expert 0: the baseline starts from the very weights that expert starts from
@@ -331,7 +330,7 @@ class SingleTask:
 
     def finish(self, batches: Batches, step: int) -> None:
         result = {}
-        for split in ("validation", "test"):
+        for split in self.splits:
             right, images = self.step.accuracy(batches(split), self.config.training.precision)
             result[split] = {"split": split, "images": images, "top1": right / images, "macs": self.macs, "step": step}
         if self.groups.rank == 0:

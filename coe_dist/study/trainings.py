@@ -1,0 +1,126 @@
+"""The grid of a study: one training for each point and seed."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from coe_dist.config import NetworkConfig, RunConfig, load_config
+from coe_dist.errors import InputError
+from coe_dist.study.schema import StudyConfig
+from coe_dist.tracking import tracking_uri
+from coe_dist.training.job import Job
+
+# what does not change the trained networks
+_IDLE = {"name", "runs_dir", "tracking", "workers"}
+_IDLE_TRAINING = {
+    *("evaluate_every", "checkpoint_every", "checkpoint_every_steps", "keep_checkpoints", "timeout_seconds"),
+}
+_IDLE_SINGLE = {"delegator", "router", "early_exit"}  # for a network by itself; of `experts` only the network counts
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a study. `config.name` names its run folder; `digest`: 16 hex digits of all that its outcome
+    depends on, the seed included, so that an equal training of another point is the same one."""
+
+    curve: str
+    point: str
+    kind: Literal["collaboration", "single"]
+    test: bool
+    overrides: tuple[str, ...]  # of the curve and the point
+    config: RunConfig
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def label(self) -> str:
+        return f"{self.curve}/{self.point}"
+
+    @property
+    def network(self) -> NetworkConfig | None:
+        """The single network to train; None for a collaboration."""
+        experts = self.config.experts
+        return NetworkConfig(network=experts.network, options=experts.options) if self.kind == "single" else None
+
+    @property
+    def digest(self) -> str:
+        content = self.config.model_dump(mode="json", exclude=_IDLE | (_IDLE_SINGLE if self.network else set()))
+        for key in _IDLE_TRAINING:
+            del content["training"][key]
+        if self.network:
+            content["experts"] = self.network.model_dump(mode="json")
+        text = json.dumps({"kind": self.kind, **content}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def samples(self) -> int:
+        """Times each training image is shown to an expert (or to the single network), over all epochs."""
+        return self.config.training.epochs * (1 if self.network else self.config.experts_per_sample)
+
+    def job(self, mlflow_run_id: str | None = None) -> Job:
+        return Job(
+            task="baseline" if self.network else "train",
+            config=self.config,
+            run_dir=str(self.config.run_dir.absolute()),
+            mlflow_run_id=mlflow_run_id,
+            network=self.network,
+            test=self.test,
+        )
+
+
+def study_config(study: StudyConfig) -> RunConfig:
+    """The base configuration with the study's own overrides. It lends the study's MLflow run its place and name."""
+    config = load_config(study.base, study.overrides)
+    tracking = config.tracking.model_copy(update={"experiment": study.name})
+    return config.model_copy(update={"name": f"study-{study.name}", "tracking": tracking})
+
+
+def trainings_of(
+    study: StudyConfig, *, only: str | None = None, seeds: Sequence[int] | None = None
+) -> list[Training]:
+    """All trainings, seed by seed (so that an unfinished study has whole curves), in the file's order.
+
+    only: a shell pattern for CURVE/POINT or CURVE. seeds: in place of the study's. Raises InputError naming the point
+    whose overrides are refused, and when nothing matches.
+    """
+    place = tracking_uri(study_config(study))
+    found: list[tuple[int, Training]] = []
+    for name, curve in study.curves.items():
+        for point, own in curve.points.items():
+            if only is not None and not any(fnmatch.fnmatchcase(text, only) for text in (name, f"{name}/{point}")):
+                continue
+            overrides = (*curve.overrides, *own)
+            for position, seed in enumerate(seeds or curve.seeds or study.seeds):
+                try:
+                    config = load_config(study.base, [*study.overrides, *overrides, f"seed={seed}"])
+                except InputError as error:
+                    raise InputError(f"curves.{name}.points.{point}: {error}") from None
+                found.append(
+                    (position, Training(name, point, curve.kind, curve.test, overrides, _settled(study, config, place, f"{name}.{point}")))
+                )
+    if not found:
+        points = [f"{name}/{point}" for name, curve in study.curves.items() for point in curve.points]
+        raise InputError(f"--only: {only!r} is not allowed; it matches none of {', '.join(points)}")
+    return [training for _, training in sorted(found, key=lambda pair: pair[0])]
+
+
+def _settled(study: StudyConfig, config: RunConfig, place: str, label: str) -> RunConfig:
+    """As one plain process trains it: nothing is evaluated or saved before the end, and MLflow gets it afterwards."""
+    never = config.training.epochs
+    return config.model_copy(
+        update={
+            "name": f"{study.name}.{label}.seed{config.seed}",
+            "workers": config.workers.model_copy(update={"count": 1, "min": None, "max": None, "max_failures": 0}),
+            "training": config.training.model_copy(
+                update={"evaluate_every": never, "checkpoint_every": never, "checkpoint_every_steps": None}
+            ),
+            "tracking": config.tracking.model_copy(update={"experiment": study.name, "uri": place}),
+        }
+    )
