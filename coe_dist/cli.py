@@ -457,6 +457,37 @@ def bench(
     print(json.dumps(record)) if as_json else show(record)
 
 
+@app.command(epilog="Example: coe-dist study frontier --max-minutes 30")
+def study(
+    name: Annotated[str, typer.Argument(help="frontier, ablations, or a study's YAML file", show_default=False)],
+    only: Annotated[str | None, typer.Option(help="A pattern such as 'coe-e4/*': the points to train.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2; by default the study's.")] = None,
+    max_runs: Annotated[int | None, typer.Option(help="Train at most so many; 0 makes the tables alone.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Begin no training that would end later.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Train a random finished point of each curve again.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is left and how long it takes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the trainings of a study that are left; write its table and plot. Finished ones are kept in a CSV file."""
+    from coe_dist.study.command import Limits, run_study
+    from coe_dist.study.display import parse_seeds, say_to_stderr, show_study
+
+    result = run_study(
+        name,
+        only=only,
+        seeds=parse_seeds(seeds),
+        limits=Limits(max_runs, max_minutes),
+        verify=verify,
+        dry_run=dry_run,
+        say=say_to_stderr,
+    )
+    print(json.dumps(result)) if as_json else show_study(result)
+    if not all(answer["verified"] for answer in result["verify"]):
+        raise typer.Exit(EXIT_FAILED)
+
+
 def main() -> None:
     """Maps errors to one line and exit codes: 2 bad input, 1 failed, 75 stopped and resumable, 130 interrupted."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

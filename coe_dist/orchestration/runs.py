@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from coe_dist.orchestration.progress import ProgressDisplay
 from coe_dist.orchestration.ray_session import RaySession, session_for
 from coe_dist.orchestration.ray_train import run_under_ray
 from coe_dist.orchestration.resources import usable_cores, usable_gpus
+from coe_dist.orchestration.revision import git_revision
 from coe_dist.orchestration.shares import check_workers
 from coe_dist.training.run_folder import (
     check_folder,
@@ -83,7 +83,7 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
         "host": platform.node(),
         "checkpoints": str((run_dir / "checkpoints").absolute()),
         "preempted": "false",
-        **_revision(),
+        **({"git_revision": revision} if (revision := git_revision()) else {}),
     }
     run_id = tracking.start_run(
         config,
@@ -196,12 +196,3 @@ def evaluate(
     run_under_ray(run_worker, job, address=address)
     result: dict[str, Any] = json.loads((run_dir / evaluation_file(split, stored=store)).read_text())
     return result
-
-
-def _revision() -> dict[str, str]:
-    """The git revision of the working directory, where there is one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except OSError:
-        return {}
-    return {"git_revision": done.stdout.strip()} if done.returncode == 0 else {}

@@ -20,7 +20,7 @@ _INK, _FAINT = "#0a0b01", "#0a0b02"
 _SERIES = ["#0a0b11", "#0a0b12", "#0a0b13", "#0a0b14"]
 _VARIABLES = {_INK: "--ink", _FAINT: "--faint"} | {c: f"--series-{i + 1}" for i, c in enumerate(_SERIES)}
 _STROKES: list[Any] = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
-_SETTINGS = {
+SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
@@ -168,7 +168,7 @@ class _figure:  # noqa: N801  reads as a function at its uses
         import matplotlib as mpl
         from matplotlib.figure import Figure
 
-        self._context = mpl.rc_context(_SETTINGS)
+        self._context = mpl.rc_context(SETTINGS)
         self._context.__enter__()
         return Figure(figsize=(5.4, self._height), layout="constrained", facecolor="none")
 

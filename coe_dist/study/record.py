@@ -28,7 +28,8 @@ class StudyRecord:
             run_id=tracking.run_id_of(config.run_dir),
         )
 
-    def begin(self, training: Training) -> str | None:
+    def begin(self, training: Training, reopened: str | None) -> str | None:
+        """The training's run, or the one to reopen, of the same training that was cut short; its id."""
         tags = {
             "kind": "baseline" if training.network else "collaboration",
             "study": self.study,
@@ -43,6 +44,7 @@ class StudyRecord:
             run_name=f"{training.label} seed {training.seed}",
             tags=tags,
             params=training.network.model_dump() if training.network else None,
+            run_id=reopened,
         )
 
     def finish(self, training: Training, row: Row | None) -> None:

@@ -1,4 +1,4 @@
-"""docs/results/NAME.csv, one row per finished training, and NAME-curves.csv, the early-exit curve of each collaboration.
+"""docs/results/NAME.csv, a row per finished training, and NAME-curves.csv, the early-exit curve of each collaboration.
 
 Both are rewritten by atomic rename after each training, the curves first: a row exists only when its curve does.
 Rows of trainings that are no longer in the study stay in the file and out of the tables.
@@ -108,11 +108,15 @@ def read_csv(path: Path, kind: type[Line]) -> list[Line]:
         lines = []
         for content in reader:
             try:
-                lines.append(kind.model_validate({name: None if text == "" else text for name, text in content.items()}))
+                lines.append(
+                    kind.model_validate({name: None if text == "" else text for name, text in content.items()})
+                )
             except ValidationError as error:
                 first = error.errors()[0]
                 column = ".".join(map(str, first["loc"])) or "columns"
-                raise InputError(f"{path}: line {reader.line_num}: {column}: {first['input']!r} is not allowed") from None
+                raise InputError(
+                    f"{path}: line {reader.line_num}: {column}: {first['input']!r} is not allowed"
+                ) from None
         return lines
 
 

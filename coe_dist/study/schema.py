@@ -77,7 +77,10 @@ def load_study(path: Path) -> StudyConfig:
         points = [f"{name}/{point}" for name, curve in study.curves.items() for point in curve.points]
         if study.baseline not in points:
             raise InputError(f"baseline: {study.baseline!r} is not allowed; give one of {', '.join(points)}")
-    for field, seeds in {"seeds": study.seeds, **{f"curves.{n}.seeds": c.seeds for n, c in study.curves.items()}}.items():
+    for field, seeds in {
+        "seeds": study.seeds,
+        **{f"curves.{n}.seeds": c.seeds for n, c in study.curves.items()},
+    }.items():
         if seeds is not None and len(set(seeds)) < len(seeds):
             raise InputError(f"{field}: {seeds} is not allowed; give each seed once")
     return study.model_copy(update={"base": str(path.parent / study.base)})

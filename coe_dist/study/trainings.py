@@ -82,9 +82,7 @@ def study_config(study: StudyConfig) -> RunConfig:
     return config.model_copy(update={"name": f"study-{study.name}", "tracking": tracking})
 
 
-def trainings_of(
-    study: StudyConfig, *, only: str | None = None, seeds: Sequence[int] | None = None
-) -> list[Training]:
+def trainings_of(study: StudyConfig, *, only: str | None = None, seeds: Sequence[int] | None = None) -> list[Training]:
     """All trainings, seed by seed (so that an unfinished study has whole curves), in the file's order.
 
     only: a shell pattern for CURVE/POINT or CURVE. seeds: in place of the study's. Raises InputError naming the point
@@ -103,7 +101,17 @@ def trainings_of(
                 except InputError as error:
                     raise InputError(f"curves.{name}.points.{point}: {error}") from None
                 found.append(
-                    (position, Training(name, point, curve.kind, curve.test, overrides, _settled(study, config, place, f"{name}.{point}")))
+                    (
+                        position,
+                        Training(
+                            name,
+                            point,
+                            curve.kind,
+                            curve.test,
+                            overrides,
+                            _settled(study, config, place, f"{name}.{point}"),
+                        ),
+                    )
                 )
     if not found:
         points = [f"{name}/{point}" for name, curve in study.curves.items() for point in curve.points]
