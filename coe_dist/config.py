@@ -395,7 +395,9 @@ def _allowed(
     if kind == "literal_error":
         return str(context["expected"]).replace("'", "")
     if kind == "string_pattern_mismatch":
-        return "up to 100 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        more = re.search(r"\{0,(\d+)\}", str(context["pattern"]))  # than the first character
+        longest = 1 + int(more[1]) if more else 1
+        return f"up to {longest} letters, digits, '.', '_' or '-', starting with a letter or digit"
     if "options" in location[:-1]:
         return "a finite number, text, true or false, or a list of whole numbers"
     if kind in ("dict_type", "model_type"):

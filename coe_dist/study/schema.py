@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints
 from coe_dist.config import Section, parse, read_yaml
 from coe_dist.errors import InputError
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,29}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Seeds = Annotated[list[Seed], Field(min_length=1)]
 STUDIES = Path("configs/studies")

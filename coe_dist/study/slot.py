@@ -54,7 +54,8 @@ class Slot:
         theirs.close()
 
     def submit(self, job: Job) -> None:
-        self.connection.send(job.model_dump_json())
+        with suppress(OSError):  # the process is gone, as result() will say
+            self.connection.send(job.model_dump_json())
 
     def result(self) -> Trained:
         """The answer to the job. Raises TrainingError when the process is gone."""
