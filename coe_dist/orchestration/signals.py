@@ -90,6 +90,27 @@ def asking_first(ask: Callable[[], bool], *, seconds: float) -> Iterator[None]:
 
 
 @contextmanager
+def deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM in the block take effect at its end: what has begun to be recorded is recorded whole. Main
+    thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in caught[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignores Ctrl-C and SIGTERM in the block: the clean-up takes bounded time and must not be cut short."""
     if threading.current_thread() is not threading.main_thread():

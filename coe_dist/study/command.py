@@ -13,7 +13,7 @@ from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError, Preempted, TrainingError
 from coe_dist.orchestration.resources import usable_cores
 from coe_dist.orchestration.revision import git_revision
-from coe_dist.orchestration.signals import Terminated, own_signals
+from coe_dist.orchestration.signals import Terminated, deferred, own_signals
 from coe_dist.study import verify as verifying
 from coe_dist.study.comparison import summarised
 from coe_dist.study.cost import calibration, counted_seconds, makespan
@@ -36,7 +36,8 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one call may do: so many trainings, and none that would end after so many minutes (the first always)."""
+    """What one call may do: so many trainings, and none that would end after so many minutes (the first
+    ones always)."""
 
     runs: int | None = None
     minutes: float | None = None
@@ -55,13 +56,14 @@ class Study:
         self.settings: StudyConfig = load_study(find_study(name))
         self.base: RunConfig = study_config(self.settings)
         self.chosen = trainings_of(self.settings, only=only, seeds=seeds)
-        whole = {(t.label, t.seed): t for t in (*trainings_of(self.settings), *self.chosen)}
-        self.every = list(whole.values())
+        others = [] if only is None and seeds is None else trainings_of(self.settings)
+        self.every = list({(t.label, t.seed): t for t in (*others, *self.chosen)}.values())
         self.results = Results(Path(self.settings.results), self.settings.name)
         self.revision = (git_revision() or "unknown")[:12]
         self.slots = self.settings.parallel or usable_cores()
         self.say = say
         self.failures: list[str] = []
+        self.begun: list[Training] = []  # and not ended
 
     @property
     def left(self) -> list[Training]:
@@ -116,23 +118,30 @@ class Study:
             status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
             raise
         finally:
+            for training in self.begun:
+                record.cut(training)
             record.close([self.results.rows_path, self.results.curves_path], status)
 
     def _begin(self, training: Training, record: StudyRecord) -> Job:
         run_dir = training.config.run_dir
         # of a training that was cut short; its metrics were never sent
         reopened = None if any(line["kind"] == "end" for line in read_metrics(run_dir)) else run_id_of(run_dir)
-        prepare_folder(training.config, overwrite=True)
-        return training.job(record.begin(training, reopened))
+        with deferred():
+            prepare_folder(training.config, overwrite=True)
+            job = training.job(record.begin(training, reopened))
+            self.begun.append(training)
+        return job
 
     def _finish(self, training: Training, trained: Trained, record: StudyRecord) -> None:
         row = None
-        if trained.problem is None:
-            row = self._add(training, trained)
-        else:
-            self.failures.append(f"{training.label} seed {training.seed}: {trained.problem}")
-            self.say(f"failed: {self.failures[-1]}")
-        record.finish(training, row)
+        with deferred():
+            self.begun.remove(training)
+            if trained.problem is None:
+                row = self._add(training, trained)
+            else:
+                self.failures.append(f"{training.label} seed {training.seed}: {trained.problem}")
+                self.say(f"failed: {self.failures[-1]}")
+            record.finish(training, row)
 
     def _add(self, training: Training, trained: Trained) -> Row:
         row, curve = self.outcome(training, trained)

@@ -60,6 +60,10 @@ class StudyRecord:
         tracking.log_artifacts(config, run_id, files)
         tracking.finish_run(config, run_id, "FAILED" if row is None else "FINISHED")
 
+    def cut(self, training: Training) -> None:
+        """The training was stopped in its middle; it will be done again, in the same MLflow run."""
+        tracking.finish_run(training.config, tracking.run_id_of(training.config.run_dir), "KILLED")
+
     def close(self, files: list[Path], status: tracking.Status) -> None:
         tracking.log_artifacts(self.config, self.run_id, files)
         tracking.finish_run(self.config, self.run_id, status)

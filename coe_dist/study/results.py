@@ -36,7 +36,7 @@ class Row(_Line):
     point: str
     seed: int
     config: str  # digest of the configuration, the seed included
-    overrides: str
+    overrides: str = ""
     macs: float
     val_top1: float
     test_top1: float | None = None
@@ -108,9 +108,7 @@ def read_csv(path: Path, kind: type[Line]) -> list[Line]:
         lines = []
         for content in reader:
             try:
-                lines.append(
-                    kind.model_validate({name: None if text == "" else text for name, text in content.items()})
-                )
+                lines.append(kind.model_validate({name: text for name, text in content.items() if text != ""}))
             except ValidationError as error:
                 first = error.errors()[0]
                 column = ".".join(map(str, first["loc"])) or "columns"

@@ -38,7 +38,7 @@ def run_all(
         while waiting or busy:
             while waiting and len(busy) < slots:
                 elapsed = time.monotonic() - started
-                if max_seconds is not None and begun and elapsed + seconds_of(waiting[0]) > max_seconds:
+                if max_seconds is not None and begun >= slots and elapsed + seconds_of(waiting[0]) > max_seconds:
                     waiting = []
                     break
                 training = waiting.pop(0)

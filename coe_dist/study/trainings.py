@@ -95,24 +95,13 @@ def trainings_of(study: StudyConfig, *, only: str | None = None, seeds: Sequence
             if only is not None and not any(fnmatch.fnmatchcase(text, only) for text in (name, f"{name}/{point}")):
                 continue
             overrides = (*curve.overrides, *own)
+            try:
+                config = load_config(study.base, [*study.overrides, *overrides])
+            except InputError as error:
+                raise InputError(f"curves.{name}.points.{point}: {error}") from None
             for position, seed in enumerate(seeds or curve.seeds or study.seeds):
-                try:
-                    config = load_config(study.base, [*study.overrides, *overrides, f"seed={seed}"])
-                except InputError as error:
-                    raise InputError(f"curves.{name}.points.{point}: {error}") from None
-                found.append(
-                    (
-                        position,
-                        Training(
-                            name,
-                            point,
-                            curve.kind,
-                            curve.test,
-                            overrides,
-                            _settled(study, config, place, f"{name}.{point}"),
-                        ),
-                    )
-                )
+                settled = _settled(study, config.model_copy(update={"seed": seed}), place, f"{name}.{point}")
+                found.append((position, Training(name, point, curve.kind, curve.test, overrides, settled)))
     if not found:
         points = [f"{name}/{point}" for name, curve in study.curves.items() for point in curve.points]
         raise InputError(f"--only: {only!r} is not allowed; it matches none of {', '.join(points)}")

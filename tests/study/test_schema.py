@@ -90,7 +90,9 @@ def test_an_override_is_refused_with_its_point(tmp_path: Path, override: str, me
 
 
 def test_what_matches_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--only: 'coe/b' is not allowed; it matches none of single/a, single/b, coe/a"):
+    with pytest.raises(
+        InputError, match=r"--only: 'coe/b' is not allowed; it matches none of single/a, single/b, coe/a"
+    ):
         trainings_of(loaded(tmp_path), only="coe/b")
     with pytest.raises(InputError, match=r"study: 'fronteir' is not allowed; give a YAML file or one of .*frontier"):
         find_study("fronteir")
@@ -126,7 +128,13 @@ def test_a_digest_knows_what_changes_the_networks(tmp_path: Path) -> None:
     plain = digest(tmp_path)
     for idle in ("name=other", "runs_dir=elsewhere", "tracking.every_steps=7", "workers.count=1", "experts.count=3"):
         assert digest(tmp_path, idle) == plain  # experts.count=3 is the base's own
-    for other in ("seed=1", "experts.count=4", "training.epochs=3", "router.variance=false", "delegator.options.width=1"):
+    for other in (
+        "seed=1",
+        "experts.count=4",
+        "training.epochs=3",
+        "router.variance=false",
+        "delegator.options.width=1",
+    ):
         # the seed of the point is overruled by the study's
         assert (digest(tmp_path, other) == plain) == (other == "seed=1")
     single = digest(tmp_path, kind="single")
