@@ -97,10 +97,8 @@ def deferred() -> Iterator[None]:
         yield
         return
     caught: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: caught.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    numbers: tuple[int, int] = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
     try:
         yield
     finally:
