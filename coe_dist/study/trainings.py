@@ -26,7 +26,8 @@ _IDLE_SINGLE = {"delegator", "router", "early_exit"}  # for a network by itself;
 @dataclass(frozen=True)
 class Training:
     """One training of a study. `config.name` names its run folder; `digest`: 16 hex digits of all that its outcome
-    depends on, the seed included, so that an equal training of another point is the same one."""
+    depends on, the seed included, so that an equal training of another point is the same one. Settings at their defaults
+    are left out, so that finished results stay valid when a setting is added; whoever changes a default retrains."""
 
     curve: str
     point: str
@@ -51,9 +52,11 @@ class Training:
 
     @property
     def digest(self) -> str:
-        content = self.config.model_dump(mode="json", exclude=_IDLE | (_IDLE_SINGLE if self.network else set()))
+        content = self.config.model_dump(
+            mode="json", exclude=_IDLE | (_IDLE_SINGLE if self.network else set()), exclude_defaults=True
+        )
         for key in _IDLE_TRAINING:
-            del content["training"][key]
+            content.get("training", {}).pop(key, None)
         if self.network:
             content["experts"] = self.network.model_dump(mode="json")
         text = json.dumps({"kind": self.kind, **content}, sort_keys=True)
