@@ -4,7 +4,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 COE = .venv/bin/coe-dist
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: demo test test-full test-gpu test-multi-gpu lint setup setup-dev
+.PHONY: demo test test-full docs-check test-gpu test-multi-gpu lint setup setup-dev
 
 demo: setup
 	$(COE) demo configs/fashion_mnist.yaml
@@ -14,6 +14,10 @@ test: setup-dev lint
 
 test-full: setup-dev
 	$(PYTEST) --full
+
+# the commands of README.md and docs/
+docs-check: setup-dev
+	$(PYTEST) --docs tests/docs
 
 # one GPU; needs only a python with torch, numpy and numba
 test-gpu:

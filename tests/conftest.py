@@ -1,4 +1,4 @@
-"""The long grid runs only with --full (`make test-full`); no generated example has a time limit."""
+"""Long tests run only when asked for (`make test-full`, `make docs-check`); no generated example has a time limit."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+MARKS = {
+    "full": "also run the tests marked `full` (up to an hour)",
+    "docs": "also run the commands of README.md and docs/ (about ten minutes)",
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="also run the tests marked `full` (up to an hour)")
+    for mark, meaning in MARKS.items():
+        parser.addoption(f"--{mark}", action="store_true", help=meaning)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    long = [item for item in items if item.get_closest_marker("full")]
+    left_out = [mark for mark in MARKS if not config.getoption(f"--{mark}")]
+    long = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]

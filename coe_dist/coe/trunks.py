@@ -1,8 +1,9 @@
 """From a name to a trunk: a network without its classifier.
 
 Names: `small_cnn` (ours), `ofa_mobilenetv3` (once_for_all.py), `timm/<name>` or timm's plain name,
-`torchvision/<name>`. Weights are random, never downloaded. Options beside a network's own: `activation: pwlu` with
-`pwlu_mode: channel` (the default) or `layer`, and `condconv: <kernels>` where the network has such a form.
+`torchvision/<name>`, and what installed packages register with timm (see PLUGINS). Weights are random, never
+downloaded. Options beside a network's own: `activation: pwlu` with `pwlu_mode: channel` (the default) or `layer`, and
+`condconv: <kernels>` where the network has such a form.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any, cast
 
 import torch
@@ -27,6 +29,9 @@ _RESERVED_OPTIONS = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path", "weights"),
     *("weights_backbone", "num_classes", "in_chans", "global_pool", "features_only"),
 )
+# Packages name modules under this group of entry points; importing one registers its networks with timm. Every process
+# finds them, on every machine where the package is installed, and a run folder cannot name code of its own.
+PLUGINS = "coe_dist.networks"
 _AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # torchvision's; in training they return tuples
 
 
@@ -94,6 +99,8 @@ def _timm(network: str, options: Options, channels: int) -> tuple[nn.Module, int
 
     name = network.removeprefix("timm/")
     # plain names only: timm also knows names of remote places, and tags of pretrained weights
+    if re.fullmatch(r"\w+", name) and not timm.is_model(name):
+        _load_plugins()
     if not re.fullmatch(r"\w+", name) or not timm.is_model(name):
         raise unknown_network(network, ["small_cnn", once_for_all.NETWORK, *timm.list_models()])
     trunk = _construct(
@@ -101,6 +108,17 @@ def _timm(network: str, options: Options, channels: int) -> tuple[nn.Module, int
     )
     # networks with a layer between pooling and classifier (MobileNetV3) count its outputs in head_hidden_size
     return trunk, int(cast(int, getattr(trunk, "head_hidden_size", None) or trunk.num_features))
+
+
+def _load_plugins() -> None:
+    for plugin in entry_points(group=PLUGINS):
+        try:
+            plugin.load()
+        except Exception as error:  # somebody else's module may raise anything
+            reason = f"{type(error).__name__} {error}".splitlines()[0]
+            raise ValueError(
+                f"network: the plug-in {plugin.name} ({plugin.value}) cannot be imported ({reason}); mend or remove it"
+            ) from error
 
 
 def _torchvision(network: str, options: Options, channels: int) -> tuple[nn.Module, int]:
