@@ -81,7 +81,7 @@ class RouterConfig(Section):
     where: Literal["replicated", "rank0", "process"] = "replicated"
     scope: Literal["global", "local"] = "global"
     generalist_weight: Fraction = 0.2  # lambda of the weight generation module: 1 plain ensemble, 0 hard partition
-    labels: Literal["balanced", "best", "soft"] = "balanced"  # label generation module
+    labels: Literal["balanced", "best", "soft", "competence"] = "balanced"  # label generation module
     label_temperature: Positive = 1.0
     variance: bool = True  # variance calculation module
     selection_weight: NonNegative = 1.0  # beta in the delegator's loss

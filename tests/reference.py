@@ -270,14 +270,20 @@ def train(case: Case) -> Outcome:
                 targets = torch.from_numpy(sets == sparse.expert_N[:, None]).to(case.dtype)
             elif case.labels == "best":
                 targets = F.one_hot(losses.argmin(1), k).to(case.dtype)
-            else:
+            elif case.labels == "soft":
                 targets = torch.softmax(-losses, 1)
+            else:
+                targets = torch.exp(-losses)
             variance = torch.exp(-losses).var(1, unbiased=False)
             ratio = (variance / (variance.mean() + 1e-8)).clamp(max=10)
 
             # delegator
-            restricted = torch.log_softmax(selection.gather(1, torch.from_numpy(sets)), 1)
-            selection_loss = -(targets * restricted).sum(1) * ratio
+            chosen = selection.gather(1, torch.from_numpy(sets))
+            if case.labels == "competence":  # binary cross-entropy, written out
+                cross = -(targets * F.logsigmoid(chosen) + (1 - targets) * F.logsigmoid(-chosen)).mean(1)
+            else:
+                cross = -(targets * torch.log_softmax(chosen, 1)).sum(1)
+            selection_loss = cross * ratio
             rough = F.cross_entropy(class_logits, labels, reduction="none")
             if share:
                 pairs_of_logits = zip(class_logits, taught, strict=True)

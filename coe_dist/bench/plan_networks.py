@@ -141,7 +141,9 @@ def passes(setting: Setting, engines: list[NetworkEngine], rows: int) -> Callabl
         logits = wide(output[0] if isinstance(output, tuple) else output)
         losses = F.cross_entropy(logits, labels, reduction="none")
         if isinstance(output, tuple):
-            losses = losses + modules.selection_losses(wide(output[1]), experts_Bk, labels_Bk)
+            losses = losses + modules.selection_losses(
+                wide(output[1]), experts_Bk, labels_Bk, rule=config.router.labels
+            )
         return (losses * weights).sum() / rows
 
     def work() -> None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from coe_dist.coe.transport import Assignment, balanced_assignment, balanced_assignment_sparse
 
-LABEL_RULES = ("balanced", "best", "soft")
+LABEL_RULES = ("balanced", "best", "soft", "competence")
 
 
 def route(
@@ -104,14 +104,17 @@ def selection_labels(
     temperature: float,
     sample_ids_N: torch.Tensor,
 ) -> torch.Tensor:
-    """What selection should have answered: labels [N,k] over the dispatch sets, rows sum to 1, no gradient (role: the
-    paper; rules: ours).
+    """What selection should have answered: labels [N,k] over the dispatch sets, no gradient (role: the paper; rules:
+    ours). Rows sum to 1, except for "competence".
 
     losses_Nk: plain cross-entropy of each dispatched pair, finite. "balanced": one-hot, balanced transportation with
     scores -loss over the dispatched pairs, capacities N/E; ties by sample id. "best": one-hot at the smallest loss;
-    ties go to the lowest expert id. "soft": softmax(-loss / temperature). Raises ValueError for another rule or a
-    temperature that is not above 0.
+    ties go to the lowest expert id. "soft": softmax(-loss / temperature). "competence": the true-class probability
+    exp(-loss) of each dispatched expert, which selection then predicts one by one. Raises ValueError for another rule
+    or a temperature that is not above 0.
     """
+    if rule == "competence":
+        return torch.exp(-losses_Nk)
     if rule == "soft":
         if not temperature > 0:
             raise ValueError(f"label_temperature: {temperature} is not allowed; give a number above 0")
@@ -149,12 +152,21 @@ def variance_weights(losses_Nk: torch.Tensor) -> torch.Tensor:
     return (variance_N / (variance_N.mean() + 1e-8)).clamp(max=10.0)
 
 
-def selection_losses(selection_NE: torch.Tensor, experts_Nk: torch.Tensor, labels_Nk: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy [N] between the labels and the softmax of the selection logits restricted to the dispatch set
-    (our own rule). Differentiable in selection_NE only: no gradient reaches the labels, hence none the experts. Rows
-    are independent, so a rank may give its own rows alone."""
-    log_probabilities_Nk = F.log_softmax(selection_NE.gather(1, experts_Nk), dim=1)
-    return -(labels_Nk.detach().to(log_probabilities_Nk.dtype) * log_probabilities_Nk).sum(dim=1)
+def selection_losses(
+    selection_NE: torch.Tensor, experts_Nk: torch.Tensor, labels_Nk: torch.Tensor, *, rule: str = "balanced"
+) -> torch.Tensor:
+    """What selection learns from each image, [N] (our own rules). Differentiable in selection_NE only: no gradient
+    reaches the labels, hence none the experts. Rows are independent, so a rank may give its own rows alone.
+
+    Cross-entropy between the labels and the softmax of the selection logits restricted to the dispatch set. For the
+    rule "competence" the mean over the dispatch set of the binary cross-entropy between each label and the logit's
+    sigmoid: with k < E every expert's logit is then learned on its own scale, not only against the others of one set.
+    """
+    chosen_Nk = selection_NE.gather(1, experts_Nk)
+    labels_Nk = labels_Nk.detach().to(chosen_Nk.dtype)
+    if rule == "competence":
+        return F.binary_cross_entropy_with_logits(chosen_Nk, labels_Nk, reduction="none").mean(dim=1)
+    return -(labels_Nk * F.log_softmax(chosen_Nk, dim=1)).sum(dim=1)
 
 
 def _check_per_sample(experts: int, per_sample: int) -> None:

@@ -25,9 +25,12 @@ _IDLE_SINGLE = {"delegator", "router", "early_exit"}  # for a network by itself;
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a study. `config.name` names its run folder; `digest`: 16 hex digits of all that its outcome
-    depends on, the seed included, so that an equal training of another point is the same one. Settings at their defaults
-    are left out, so that finished results stay valid when a setting is added; whoever changes a default retrains."""
+    """One training of a study. `config.name` names its run folder.
+
+    `digest`: 16 hex digits of all that its outcome depends on, the seed included, so that an equal training of another
+    point is the same one. Settings at their defaults are left out, so that finished results stay valid when a setting
+    is added; whoever changes a default retrains.
+    """
 
     curve: str
     point: str

@@ -68,6 +68,7 @@ class CollaborationStep:
         *,
         selection_weight: float,
         label_smoothing: float = 0.0,
+        label_rule: str = "balanced",
         frozen_selection: bool = False,
         call_empty: bool = False,
         skips: bool = True,
@@ -76,7 +77,7 @@ class CollaborationStep:
         """skips: whether training goes on after a step that failed, and its statistics must be undone."""
         self.delegator, self.experts, self.router = delegator, experts, router
         self.selection_weight, self.label_smoothing = selection_weight, label_smoothing
-        self.frozen_selection = frozen_selection
+        self.label_rule, self.frozen_selection = label_rule, frozen_selection
         self.teacher = teacher
         self.call_empty = call_empty  # batchnorm: group needs every replica's forward, also with zero rows
         self.micro_step = 0  # names the dispatch permutation
@@ -205,8 +206,8 @@ class CollaborationStep:
         if self.teacher is not None and self.teacher.delegator and hints_BX is not None:
             per_image = self.teacher.mixed(per_image, logits, hints_BX)
         classes = per_image.sum()
-        per_row = modules.selection_losses(wide(selection_BE), routing.experts_Bk, labels_Bk) * variance_B
-        selection = per_row.sum() * (0.0 if self.frozen_selection else 1.0)
+        per_row = modules.selection_losses(wide(selection_BE), routing.experts_Bk, labels_Bk, rule=self.label_rule)
+        selection = (per_row * variance_B).sum() * (0.0 if self.frozen_selection else 1.0)
         sums.add("delegator_loss", classes.detach())
         sums.add("selection_loss", selection.detach())
         sums.add("delegator_correct", (logits.detach().argmax(1) == batch.labels).sum())

@@ -131,6 +131,7 @@ class CollaborationTask:
             router,
             selection_weight=config.router.selection_weight,
             label_smoothing=config.training.label_smoothing,
+            label_rule=config.router.labels,
             frozen_selection=config.router.selection == "frozen",
             call_empty=config.training.batchnorm == "group",
             skips=config.training.non_finite == "skip",

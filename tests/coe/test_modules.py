@@ -175,7 +175,7 @@ def labels_of(
 
 @quick
 @given(sizes(), st.sampled_from(modules.LABEL_RULES), st.sampled_from([torch.float32, torch.float64]))
-def test_labels_are_distributions_without_gradient(
+def test_labels_are_distributions_or_probabilities_without_gradient(
     size: tuple[int, int, int, int], rule: str, dtype: torch.dtype
 ) -> None:
     samples, experts, k, seed = size
@@ -185,7 +185,10 @@ def test_labels_are_distributions_without_gradient(
     assert labels_Nk.shape == (samples, k)
     assert labels_Nk.dtype == dtype
     assert not labels_Nk.requires_grad
-    torch.testing.assert_close(labels_Nk.sum(1), torch.ones(samples, dtype=dtype))
+    if rule == "competence":
+        torch.testing.assert_close(labels_Nk, torch.exp(-losses_Nk.detach()))
+    else:
+        torch.testing.assert_close(labels_Nk.sum(1), torch.ones(samples, dtype=dtype))
     if rule == "balanced" and samples:
         loads = np.bincount(experts_Nk[labels_Nk == 1].numpy(), minlength=experts)
         assert loads.sum() == samples
@@ -231,7 +234,9 @@ def test_soft_is_a_softmax_of_minus_loss_over_temperature() -> None:
 
 def test_labels_refuse_an_unknown_rule_and_a_temperature_of_zero() -> None:
     losses_Nk, experts_Nk, ids_N = random_losses(4, 2, seed=1), dispatched(4, 4, 2, seed=1), torch.arange(4)
-    with pytest.raises(ValueError, match=r"^labels: 'worst' is not allowed; give one of balanced, best, soft$"):
+    with pytest.raises(
+        ValueError, match=r"^labels: 'worst' is not allowed; give one of balanced, best, soft, competence$"
+    ):
         labels_of(losses_Nk, experts_Nk, 4, "worst")
     with pytest.raises(ValueError, match=r"^label_temperature: 0\.0 "):
         modules.selection_labels(losses_Nk, experts_Nk, experts=4, rule="soft", temperature=0.0, sample_ids_N=ids_N)
@@ -285,6 +290,26 @@ def test_selection_losses_by_hand_and_their_gradient(size: tuple[int, int, int, 
         losses_N.sum().backward()
         np.testing.assert_allclose(selection_NE.grad, expected_grad, atol=1e-12)
         assert labels_Nk.grad is None
+
+
+@quick
+@given(sizes())
+def test_competence_losses_by_hand_and_their_gradient(size: tuple[int, int, int, int]) -> None:
+    samples, experts, k, seed = size
+    experts_Nk = dispatched(samples, experts, k, seed)
+    selection_NE = random_losses(samples, experts, seed=seed).log().requires_grad_()  # normal
+    labels_Nk = torch.exp(-random_losses(samples, k, seed=seed + 1).abs())
+    losses_N = modules.selection_losses(selection_NE, experts_Nk, labels_Nk, rule="competence")
+    expected_grad = np.zeros((samples, experts))
+    for row in range(samples):
+        chosen, labels = experts_Nk[row].tolist(), labels_Nk[row].numpy()
+        sigmoid = 1 / (1 + np.exp(-selection_NE[row].detach().numpy()[chosen]))
+        terms = -(labels * np.log(sigmoid) + (1 - labels) * np.log(1 - sigmoid))
+        assert float(losses_N[row].detach()) == pytest.approx(terms.mean())
+        expected_grad[row, chosen] = (sigmoid - labels) / k
+    if samples:
+        losses_N.sum().backward()
+        np.testing.assert_allclose(selection_NE.grad, expected_grad, atol=1e-12)
 
 
 def test_selection_losses_survive_extreme_logits() -> None:

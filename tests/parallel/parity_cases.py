@@ -102,6 +102,7 @@ def build_step(case: Case, groups: Groups, recorded: Outcome | None, device: tor
         {int(name.split()[1]): engine for name, engine in engines.items() if name != "delegator"},
         router,
         selection_weight=BETA,
+        label_rule=case.labels,
         call_empty=case.batchnorm == "group",
         teacher=teacher_of(case, device),
     )
