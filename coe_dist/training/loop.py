@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from coe_dist.errors import TrainingError
 from coe_dist.parallel.groups import Groups
 from coe_dist.parallel.router import NonFiniteError
 from coe_dist.seeds import derive_seed
-from coe_dist.tracking import Recorder
+from coe_dist.tracking import Recorder, read_metrics
 from coe_dist.training.checkpoint import Position, save_name
 from coe_dist.training.job import Job
 from coe_dist.training.optim import learning_rate_factor
@@ -78,6 +79,10 @@ def grouped(batches: Iterable[MicroBatch], size: int) -> Iterator[list[MicroBatc
         yield group
 
 
+def _evaluation(record: dict[str, Any]) -> bool:
+    return record.get("kind") == "evaluation" and "val/top1" in record.get("metrics", {})
+
+
 @contextmanager
 def naming(where: str) -> Iterator[None]:
     """Puts `where` before the message of a TrainingError, which names rank and group by itself."""
@@ -104,7 +109,6 @@ class Loop:
         self.stop = StopRequest(Path(job.run_dir))
         self.pending: PendingSave | None = None
         self.stalled = 0.0  # seconds that training has waited for the pending save
-        self.saved: Path | None = None  # the newest save of this process
 
     def run(self, position: Position, resumed: dict[str, object] | None = None) -> bool:
         """Returns True when training is complete, False when it was asked to stop and has saved.
@@ -128,6 +132,8 @@ class Loop:
             **(resumed or {}),
         )
         step, first = position.step, position.step_in_epoch
+        if step and not first:
+            self._catch_up(step, position.epoch - 1)
         for epoch in range(position.epoch, self.config.training.epochs):
             if self.pwlu.begin_epoch(epoch):
                 self._record("pwlu", step, epoch, {}, message="piecewise linear units begin to learn")
@@ -139,13 +145,8 @@ class Loop:
             # saved first: an evaluation that fails must not cost the epoch
             if (epoch + 1) % self.config.training.checkpoint_every == 0 or epoch + 1 == self.config.training.epochs:
                 self._start_save(Position(step, epoch + 1, 0, self.task.step.micro_step))
-            if (epoch + 1) % self.config.training.evaluate_every == 0 or epoch + 1 == self.config.training.epochs:
-                with naming(f"evaluation after step {step}"):
-                    metrics = self.task.evaluate(self.data.batches)
-                self._record("evaluation", step, epoch, metrics, split="validation")
-                self._finish_save()
-                if self.groups.rank == 0 and self.saved is not None and self.saved.name == save_name(step):
-                    mark_best(self.saved, metrics["val/top1"], keep=self.config.training.keep_checkpoints)
+            if self._evaluates_after(epoch):
+                self._evaluate(step, epoch)
         self._finish_save()
         before = time.perf_counter()
         with naming(f"evaluation after step {step}"):
@@ -155,6 +156,34 @@ class Loop:
             "end", step, self.config.training.epochs - 1, {}, seconds=now - started, evaluate_seconds=now - before
         )
         return True
+
+    def _evaluates_after(self, epoch: int) -> bool:
+        training = self.config.training
+        return (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs
+
+    def _evaluate(self, step: int, epoch: int) -> None:
+        with naming(f"evaluation after step {step}"):
+            metrics = self.task.evaluate(self.data.batches)
+        self._record("evaluation", step, epoch, metrics, split="validation")
+        self._finish_save()
+        self._mark(step, metrics["val/top1"])
+
+    def _mark(self, step: int, top1: float) -> None:
+        save = Path(self.job.run_dir) / "checkpoints" / save_name(step)
+        if self.groups.rank == 0 and save.is_dir():
+            mark_best(save, top1, keep=self.config.training.keep_checkpoints)
+
+    def _catch_up(self, step: int, epoch: int) -> None:
+        """After a save at an epoch's end: what a run that ended before that save's evaluation, or before it could be
+        named the best, left undone. Collective."""
+        if not self._evaluates_after(epoch):
+            return
+        found = {record["step"]: record["metrics"] for record in read_metrics(self.job.run_dir) if _evaluation(record)}
+        known = torch.tensor([int(self.groups.rank == 0 and step in found)], device=self.data.device)
+        if not int(self.groups.world.all_reduce_sum(known)):
+            self._evaluate(step, epoch)
+        elif self.groups.rank == 0:
+            self._mark(step, found[step]["val/top1"])
 
     def _epoch(self, epoch: int, step: int, first: int) -> tuple[int, bool]:
         """The optimizer steps of an epoch from its step `first` on. Returns the steps done since training began, and
@@ -256,7 +285,7 @@ class Loop:
         if self.pending is None:
             return
         pending, self.pending, before = self.pending, None, time.perf_counter()
-        self.saved = pending.finish()
+        saved = pending.finish()
         stalled = self.stalled + time.perf_counter() - before
         figures = {"stall_seconds": stalled, "seconds": pending.seconds, "bytes": float(pending.bytes)}
         self._record(
@@ -264,7 +293,7 @@ class Loop:
             pending.position.step,
             pending.position.epoch,
             {f"checkpoint/{name}": value for name, value in figures.items()},
-            save=self.saved.name,
+            save=saved.name,
         )
 
     def _preempted(self, step: int, epoch: int) -> None:

@@ -157,3 +157,28 @@ def test_a_single_network_is_trained_by_the_same_recipe(small_data: Path, tmp_pa
         assert 0 <= result["top1"] <= 1
     newest = run / "checkpoints" / "step-00000008"
     assert sorted(path.name for path in newest.iterdir()) == ["manifest.json", "single.optim.pt", "single.safetensors"]
+
+
+def test_what_a_kill_after_a_save_left_undone_is_made_up_for(small_data: Path, tmp_path: Path) -> None:
+    """The save is there; its evaluation is not recorded, or it is and the save was not yet named the best."""
+    config = str(write_config(tmp_path / "run.yaml", small_config(small_data, tmp_path / "runs", workers={"count": 1})))
+    run = tmp_path / "runs" / "run"
+    assert main([config, "training.epochs=1"]) == 0
+    (first,) = lines_of(run, "evaluation")
+    best = (run / "checkpoints" / "best").read_text()
+    before = [line for line in lines_of(run) if line["kind"] not in ("evaluation", "end")]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in before))
+    (run / "checkpoints" / "best").unlink()
+    assert main([config, "training.epochs=2"]) == 0
+    again, second = lines_of(run, "evaluation")
+    assert (again["step"], again["epoch"], second["step"]) == (STEPS, 0, 2 * STEPS)
+    assert again["metrics"]["val/top1"] == first["metrics"]["val/top1"]
+
+    (run / "checkpoints" / "best").unlink()
+    (run / "checkpoints" / f"step-{STEPS:08d}").rename(tmp_path / "gone")
+    assert main([config, "training.epochs=3"]) == 0
+    assert [line["step"] for line in lines_of(run, "evaluation")] == [STEPS, 2 * STEPS, 3 * STEPS]
+    named = json.loads((run / "checkpoints" / "best").read_text())
+    values = {line["step"]: line["metrics"]["val/top1"] for line in lines_of(run, "evaluation")}
+    assert json.loads(best)["save"] == f"step-{STEPS:08d}"
+    assert named["top1"] == max(values[2 * STEPS], values[3 * STEPS])
