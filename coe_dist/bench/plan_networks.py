@@ -59,7 +59,7 @@ def affine(small: tuple[float, float], large: tuple[float, float]) -> Cost:
     (rows, seconds), (more, longer) = small, large
     each = max(0.0, (longer - seconds) / (more - rows)) if more > rows else 0.0
     each = min(each, longer / more)
-    return Cost(longer - each * more, each)
+    return Cost(max(0.0, longer - each * more), each)  # rounding alone makes it negative
 
 
 @dataclass(frozen=True)
