@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from small_data import IMAGES, small_config, write_config, write_small
 
-from coe_dist.cli import app, data_app, export_app
+from coe_dist.cli.app import app, data_app, export_app
 from coe_dist.config import load_config, parse_config
-from coe_dist.data.sidecar import SPLITS, read_sidecar, write_sidecar
+from coe_dist.data.sidecar import SPLITS, check_labels, read_sidecar, write_sidecar
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
 from coe_dist.orchestration.runs import evaluate, train
-from coe_dist.training.checks import check_labels, check_run
+from coe_dist.training.checks import check_run
 from coe_dist.training.run_folder import prepare_folder
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +100,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         (["plan", "configs/smoke.yaml", "--gpu", "b300"], "--gpu: 'b300' is not allowed; give h100, h200"),
         (["plan", "configs/smoke.yaml", "--gpus", "0"], "--gpus: 0 is not allowed; give a whole number from 1"),
         (["report", "tests"], "tests: not a run folder"),
+        (["watch", "tests", "--once"], "tests: not a run folder"),
         (["ui", "tests"], "tests: no mlflow.db here"),
         (["data", "write", "--out", "x", "--source", "cifar"], "source: 'cifar' is not allowed; give"),
     ],
@@ -256,7 +257,7 @@ def test_labels_are_read_as_ffcv_reads_them(small_data: Path, tmp_path: Path) ->
         labels = StoredImages(beton).labels_N
         np.testing.assert_array_equal(labels, Reader(str(beton)).metadata["f1"])
         assert len(labels) == IMAGES
-        check_labels(beton, read_sidecar(beton))
+        check_labels(beton, read_sidecar(beton), labels)
     other = tmp_path / "other.beton"
     content = bytearray((small_data / "test.beton").read_bytes())
     content[25:30] = b"photo"

@@ -1,0 +1,58 @@
+"""The application, its groups, and the arguments that several commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    name="coe-dist",
+    help="Train and use a Collaboration of Experts: a delegator answers an image itself or picks one of E experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Write, check and look at data sets.")
+app.add_typer(data_app, name="data", rich_help_panel="Groups of commands")
+export_app = typer.Typer(no_args_is_help=True, help="Turn a run into something that needs no run.")
+app.add_typer(export_app, name="export", rich_help_panel="Groups of commands")
+mlflow_app = typer.Typer(no_args_is_help=True, help="Runs that MLflow does not have whole.")
+app.add_typer(mlflow_app, name="mlflow", rich_help_panel="Groups of commands")
+
+ConfigPath = Annotated[
+    Path, typer.Argument(help="A YAML file, for instance configs/fashion_mnist.yaml", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides such as training.epochs=3 experts.count=8", show_default=False)
+]
+RunPath = Annotated[Path, typer.Argument(help="A run folder, for instance runs/demo", show_default=False)]
+WeightsOption = Annotated[
+    Literal["ema", "raw"] | None,
+    typer.Option(help="The moving averages of the weights, or the last step's; by default averages if there are some."),
+]
+CheckpointOption = Annotated[
+    str, typer.Option(help="Which save: latest, best (on validation), or a number of optimizer steps.")
+]
+Address = Annotated[str | None, typer.Option(help="A running Ray cluster.")]
+Dashboard = Annotated[
+    str | None, typer.Option(help="Dashboard of the Ray head; by default RAY_API_SERVER_ADDRESS or this machine's.")
+]
+LaunchedRun = Annotated[str, typer.Argument(help="The name of a launched run, for instance first", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    if debug:
+        os.environ["COE_DIST_DEBUG"] = "1"
+
+
+def warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"coe-dist: {warning}", file=sys.stderr)
