@@ -18,6 +18,10 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 2; }
 # FFCV compiles against OpenCV's imgproc and libturbojpeg. The full libopencv-dev is 689 MB; these two are 49 MB.
 packages=(g++ make pkg-config libopencv-imgproc-dev libturbojpeg0-dev libgl1 libglib2.0-0 libgomp1 dataset-fashion-mnist iproute2)
 [ "$python" = python3 ] && case "$(command -v python3)" in /usr/bin/*) packages+=(python3-venv python3-dev) ;; esac
+# Tests look at the report in a real browser (306 MB); any of these will do, or one that CHROMIUM names.
+if [ "$extra" = dev ] && ! command -v "${CHROMIUM:-chromium}" chromium-headless-shell chromium google-chrome >/dev/null; then
+    packages+=(chromium-headless-shell)
+fi
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' && continue
@@ -32,7 +36,8 @@ if [ ${#missing[@]} -gt 0 ]; then
     fi
     say "apt: ${missing[*]}"
     "${root[@]}" apt-get update -qq
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+        die "apt could not install: ${missing[*]}"
 fi
 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' ||

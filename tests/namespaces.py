@@ -1,6 +1,6 @@
 """Commands in a network of their own, so that tests neither reach nor are reached by anything else.
 
-A private network has only the loopback interface; two connected ones (a veth pair) stand for two machines.
+A private network has only the loopback interface; connected ones stand for machines.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,35 +46,54 @@ def in_private_network(argv: Sequence[str], **options: Any) -> subprocess.Comple
 
 
 @dataclass(frozen=True)
-class TwoNetworks:
-    """Two network namespaces that reach each other, as two machines do."""
+class Machines:
+    """Network namespaces that reach each other over a bridge, as machines on one switch do."""
 
-    names: tuple[str, str]
-    addresses: tuple[str, str]
+    names: tuple[str, ...]
+    addresses: tuple[str, ...]
+    switch: str
 
     def command(self, number: int, argv: Sequence[str]) -> list[str]:
-        """`argv` in network 0 or 1; keeps its process id."""
+        """`argv` on one of them; keeps its process id."""
         return ["ip", "netns", "exec", self.names[number], *argv]
+
+    def unplug(self, number: int) -> None:
+        _ip("-n", self.switch, "link", "set", f"port{number}", "down")
 
 
 @contextmanager
-def two_networks() -> Iterator[TwoNetworks]:
-    """Creates the pair and removes it afterwards. Needs root and iproute2: raises CalledProcessError otherwise."""
-    names = (f"coe{os.getpid()}a", f"coe{os.getpid()}b")
-    addresses = ("10.77.0.1", "10.77.0.2")
+def machines(count: int) -> Iterator[Machines]:
+    """Creates them and removes them afterwards; each has the interface `va`: gloo is told one name for all ranks. Skips
+    the test, saying why, where namespaces may not be created."""
+    tag = f"coe{os.getpid()}"
+    names = tuple(f"{tag}{chr(ord('a') + number)}" for number in range(count))
+    made = Machines(names, tuple(f"10.77.0.{number + 1}" for number in range(count)), f"{tag}switch")
     try:
-        for name in names:
-            _ip("netns", "add", name)
-        # the same interface name at both ends: gloo is told one name for all ranks
-        _ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "name", "va", "netns", names[1])
-        for name, address in zip(names, addresses, strict=True):
-            _ip("-n", name, "addr", "add", f"{address}/24", "dev", "va")
-            _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "link", "set", "va", "up")
-        yield TwoNetworks(names, addresses)
+        try:
+            _connect(made)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            if os.geteuid() == 0 and "Operation not permitted" not in reason:
+                raise
+            pytest.skip(f"network namespaces cannot be created here: {reason.strip()}")
+        yield made
     finally:
-        for name in names:
+        for name in (*names, made.switch):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def _connect(made: Machines) -> None:
+    _ip("netns", "add", made.switch)
+    _ip("-n", made.switch, "link", "add", "bridge", "type", "bridge")
+    _ip("-n", made.switch, "link", "set", "bridge", "up")
+    for number, (name, address) in enumerate(zip(made.names, made.addresses, strict=True)):
+        port = f"port{number}"
+        _ip("netns", "add", name)
+        _ip("link", "add", "va", "netns", name, "type", "veth", "peer", "name", port, "netns", made.switch)
+        _ip("-n", made.switch, "link", "set", port, "master", "bridge", "up")
+        _ip("-n", name, "addr", "add", f"{address}/24", "dev", "va")
+        _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", name, "link", "set", "va", "up")
 
 
 def _ip(*arguments: str) -> None:

@@ -7,9 +7,7 @@ protection, therefore local sessions keep it on the loopback interface.
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
 import shutil
 import socket
 import tempfile
@@ -21,10 +19,16 @@ from typing import Any
 
 from coe_dist.config import RunConfig
 from coe_dist.errors import InputError
+from coe_dist.orchestration.environment import environment
 from coe_dist.orchestration.processes import end_marked, marking, new_mark
-from coe_dist.orchestration.ray_token import default_token_file, ensure_token_file
-from coe_dist.orchestration.resources import usable_cores, usable_gpus
+from coe_dist.orchestration.ray_token import (
+    client_environment,
+    ensure_token_file,
+    read_authentication_afresh,
+    token_given,
+)
 from coe_dist.orchestration.signals import own_signals, undisturbed
+from coe_dist.resources import usable_cores, usable_gpus
 
 _LONGEST_TEMP_FOLDER = 30  # Ray puts unix sockets about 70 characters below it, and their paths may have 107 characters
 _OBJECT_STORE_BYTES = 128 * 2**20  # tensors travel by torch.distributed; Ray's own store only carries the job
@@ -48,13 +52,13 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
     signals.Terminated in the main thread). `node_ip` is the address other machines would use; none lets Ray choose.
     Raises InputError when the token file is not private or a Ray is running in this process already.
     """
-    environment = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-    if not _token_given():
-        environment["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file())
+    settings = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    if not token_given():
+        settings["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file())
     gpus = usable_gpus() if config.workers.device != "cpu" else 0
     folder = _short_private_folder()
     try:
-        with _environment(environment), own_signals() as install_handler:
+        with environment(settings), own_signals() as install_handler:
             mark = new_mark()
             try:
                 with marking(mark):
@@ -86,13 +90,7 @@ def connect(address: str, *, timeout_seconds: float = 10.0) -> Iterator[RaySessi
     Raises InputError when the address is malformed or not reachable in time, or the token is missing or refused.
     """
     _refuse_unreachable(address, timeout_seconds)
-    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
-    if "RAY_AUTH_MODE" not in os.environ:
-        environment["RAY_AUTH_MODE"] = "token"
-    own = default_token_file()
-    if not _token_given() and own.exists():
-        environment["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file(own))
-    with _environment(environment), own_signals() as install_handler:
+    with environment(client_environment()), own_signals() as install_handler:
         try:
             _init(address=address)
             install_handler()
@@ -112,7 +110,7 @@ def _init(**options: Any) -> None:
 
     if ray.is_initialized():
         raise InputError("ray: already running in this process; leave the earlier session first")
-    _read_authentication_afresh()
+    read_authentication_afresh()
     try:
         # Workers write to files of the run folder (see worker_output.py); Ray's chatter stays in its session folder.
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -120,13 +118,6 @@ def _init(**options: Any) -> None:
         if options["address"] == "local":
             raise
         raise InputError(f"address: {options['address']} is not usable; {' '.join(str(error).split())}") from error
-
-
-def _read_authentication_afresh() -> None:
-    """Ray reads RAY_AUTH_MODE when it is imported and keeps the token it read first, both in its C++ part."""
-    compiled: Any = importlib.import_module("ray._raylet")
-    compiled.Config.initialize("")
-    compiled.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _session(*, local: bool) -> RaySession:
@@ -141,10 +132,6 @@ def _disconnect() -> None:
     import ray
 
     ray.shutdown()
-
-
-def _token_given() -> bool:
-    return "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
 
 
 def _short_private_folder() -> Path:
@@ -166,17 +153,3 @@ def _refuse_unreachable(address: str, timeout_seconds: float) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_seconds).close()
     except (OSError, OverflowError) as error:
         raise InputError(f"address: {address} is not reachable ({error}); is a Ray head running there?") from error
-
-
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -8,10 +8,12 @@ gone, so the file must outlive every session; a token per session would not.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
 from coe_dist.errors import InputError
 
@@ -40,6 +42,30 @@ def ensure_token_file(path: Path | None = None) -> Path:
         ) from error
     _refuse_unless_private(path, 0o600)
     return path
+
+
+def token_given() -> bool:
+    """Whether the user's environment says which token Ray is to use."""
+    return "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+
+
+def client_environment() -> dict[str, str]:
+    """What a client of somebody's cluster sets for Ray: token authentication, unless the environment says otherwise, by
+    the environment's token, else our own file if there is one, else Ray's own (~/.ray/auth_token)."""
+    settings = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if "RAY_AUTH_MODE" not in os.environ:
+        settings["RAY_AUTH_MODE"] = "token"
+    own = default_token_file()
+    if not token_given() and own.exists():
+        settings["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file(own))
+    return settings
+
+
+def read_authentication_afresh() -> None:
+    """Ray reads RAY_AUTH_MODE when it is imported and keeps the token it read first, both in its C++ part."""
+    compiled: Any = importlib.import_module("ray._raylet")
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _create(path: Path) -> None:

@@ -1,13 +1,12 @@
 """A Ray started by us, asked from another network: with the token it answers, without it does not."""
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from namespaces import clean_environment, python, two_networks
+from namespaces import clean_environment, machines, python
 
 SCENARIO = Path(__file__).with_name("scenario_head.py")
 CLIENT = "import sys, ray; print(len(ray._raylet.GcsClient(address=sys.argv[1]).get_all_node_info()), 'node')"
@@ -25,13 +24,8 @@ except InputError as error:
 
 @pytest.fixture
 def networks():
-    try:
-        with two_networks() as pair:
-            yield pair
-    except (OSError, subprocess.CalledProcessError) as error:
-        if os.geteuid() == 0 and getattr(error, "stderr", "").find("Operation not permitted") < 0:
-            raise
-        pytest.skip(f"network namespaces cannot be created here: {getattr(error, 'stderr', error)}")
+    with machines(2) as pair:
+        yield pair
 
 
 def test_only_the_token_opens_a_session_to_another_machine(networks, tmp_path):
