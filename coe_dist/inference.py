@@ -4,7 +4,7 @@
     DIR/delegator.safetensors  DIR/expert-0000.safetensors  ...
 
     model = CollaborationOfExperts.from_pretrained("DIR")
-    answer = model(images_NCHW)                       # uint8; see coe_dist.coe.collaboration
+    answer = model(model.prepare(["photo.jpg"]))      # or uint8 images; see coe_dist.coe.collaboration
     model.classes[answer.probabilities_NC[0].argmax()]
 
 A folder may come from anywhere: nothing in it is run, no name in it leads out of it, and no network is allocated before
@@ -14,9 +14,9 @@ the files are known to hold it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -28,8 +28,10 @@ from coe_dist.coe import backbones, collaboration
 from coe_dist.coe.early_exit import NO_EXIT
 from coe_dist.config import Finite, NetworkConfig, Positive, Section
 from coe_dist.errors import InputError
+from coe_dist.preparation import RULE, Preparation, prepare_files
 
 CONFIG_FILE = "config.json"
+FORMAT: Final = 2
 _LARGEST_CONFIG = 16 * 2**20  # bytes; class names are the only long part
 
 Count = Annotated[int, Field(ge=1)]
@@ -40,10 +42,18 @@ class WeightsFile(Section):
     bytes: Count
 
 
+class PreparationRecord(Section):
+    """How image files become the networks' images (coe_dist/preparation.py)."""
+
+    rule: Literal["centre 224/256, antialiased bilinear"] = RULE
+    crop_all: bool
+    max_resolution: Annotated[int, Field(ge=1)] | None
+
+
 class PretrainedConfig(Section):
     """config.json. mean and std: per channel in 0..1; resolution: side in pixels; MACs: of one image."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT  # 1 had no record of the preparation
     delegator: NetworkConfig
     experts: NetworkConfig
     count: Annotated[int, Field(ge=2, le=4096)]
@@ -52,6 +62,7 @@ class PretrainedConfig(Section):
     mean: list[Finite]
     std: list[Positive]
     resolution: Annotated[int, Field(ge=8, le=1024)]
+    preparation: PreparationRecord
     threshold: Annotated[float, Field(ge=0.0, le=NO_EXIT, allow_inf_nan=False)] | None
     final: Literal["expert", "average"]
     delegator_macs: Count
@@ -91,6 +102,7 @@ class CollaborationOfExperts(collaboration.CollaborationOfExperts):
     classes: tuple[str, ...]
     channels: int
     resolution: int  # side in pixels of the images that it was trained on
+    preparation: Preparation  # of image files, as for the run's validation
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, precision: str = "weights") -> Self:
@@ -116,7 +128,15 @@ class CollaborationOfExperts(collaboration.CollaborationOfExperts):
             precision=precision,
         )
         model.classes, model.channels, model.resolution = tuple(config.classes), config.channels, config.resolution
+        record = config.preparation
+        model.preparation = Preparation(config.channels, config.resolution, record.crop_all, record.max_resolution)
         return model.eval()
+
+    def prepare(self, files: Sequence[str | Path]) -> torch.Tensor:
+        """The images of files of any kind and size, as evaluation prepares them: uint8 [N, channels, resolution,
+        resolution] on the CPU. Raises what Pillow raises for a file that it cannot read, ValueError for unusable
+        pixels."""
+        return torch.from_numpy(prepare_files(files, self.preparation))
 
     def forward(self, images_NCHW: torch.Tensor) -> collaboration.Answer:
         """See coe_dist.coe.collaboration; images uint8 [N, channels, H, W], normalised inside.
@@ -150,6 +170,11 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = PretrainedConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("format",):
+            raise InputError(
+                f"{path}: format: {first['input']!r} is not allowed; this version reads format {FORMAT}, which "
+                "says how images are prepared; export the run again"
+            ) from None
         field = ".".join(map(str, first["loc"])) or "content"
         raise InputError(f"{path}: {field}: {' '.join(first['msg'].split())}") from None
     expected = {f"{stem}.safetensors" for stem in ("delegator", *expert_stems(config.count))}

@@ -18,7 +18,7 @@ def write_small(folder: Path) -> Path:
     return folder
 
 
-def small_config(data: Path, runs: Path, **sections: Any) -> dict[str, Any]:
+def small_config(data: Path, runs: Path, /, **sections: Any) -> dict[str, Any]:
     """Three experts, two epochs of four steps, the torch engine; `sections` are merged in."""
     network = {"network": "small_cnn", "options": {"width": 0.1}}
     content: dict[str, Any] = {

@@ -159,7 +159,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: content: Invalid JSON"),
     "huge config": (lambda f: (f / "config.json").write_bytes(b" " * (2**24 + 1)), "16777217 bytes are not allowed"),
     "unknown key": (lambda f: edit(f, lambda c: c.update(code="x")), "config.json: code: Extra inputs"),
-    "other format": (lambda f: edit(f, lambda c: c.update(format=2)), "config.json: format: "),
+    "earlier format": (
+        lambda f: edit(f, lambda c: (c.update(format=1), c.pop("preparation"))),
+        "config.json: format: 1 is not allowed; this version reads format 2, which says how images are prepared",
+    ),
+    "other format": (lambda f: edit(f, lambda c: c.update(format="x")), "config.json: format: 'x' is not allowed; "),
+    "other preparation": (
+        lambda f: edit(f, lambda c: c["preparation"].update(rule="squeeze")),
+        "config.json: preparation.rule: Input should be 'centre 224/256, antialiased bilinear'",
+    ),
     "lost file": (lambda f: (f / EXPERT).unlink(), f"weights: {EXPERT} is missing; 3 experts are expected"),
     "more files": (
         lambda f: shutil.copy(f / EXPERT, f / "expert-0003.safetensors"),

@@ -51,18 +51,22 @@ def images_of(count: int, seed: int = 0) -> torch.Tensor:
     return (255 * brightness * (share * grain + (1 - share) * ramps[:, None])).to(torch.uint8)
 
 
-def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sections: Any) -> Path:
+def small_run(
+    folder: Path, experts: int, *, steps: Sequence[int] = (3,), info: SplitInfo = INFO, **sections: Any
+) -> Path:
     """A run folder with a save after each of `steps`: real engines, optimizer steps on noise, momentum everywhere, and
-    a selection head that uses all experts (also in the averages, where training.ema_decay asks for them)."""
+    a selection head that uses all experts (also in the averages, where training.ema_decay asks for them). info: of the
+    data set that it was trained and validated on."""
     sections = {"experts": {"count": experts, "per_sample": 3}, **sections}
     config = parse_config(small_config(folder / "no-data", folder, **sections))
     groups = create_groups(experts, timeout_seconds=60)
-    delegator, hosted = collaboration_engines(config, NetworkBuilder(config, INFO), groups, torch.device("cpu"))
+    delegator, hosted = collaboration_engines(config, NetworkBuilder(config, info), groups, torch.device("cpu"))
     averages = averages_of([delegator, *hosted.values()], config.training.ema_decay)
     ema = {"ema": {"decay": config.training.ema_decay, "updates": max(steps)}} if averages else {}
     generator = torch.Generator().manual_seed(1)
     for step in range(1, max(steps) + 1):
-        images, labels = images_of(32, step), torch.randint(0, 10, (32,), generator=generator)
+        images = images_of(32, step).expand(-1, info.channels, -1, -1)
+        labels = torch.randint(0, len(info.classes), (32,), generator=generator)
         chosen = torch.randint(0, experts, (32,), generator=generator)
         for engine in (delegator, *hosted.values()):
             output = engine(images)
@@ -75,25 +79,30 @@ def small_run(folder: Path, experts: int, *, steps: Sequence[int] = (3,), **sect
                 averages[engine.name].update(engine.network)
         if step in steps:
             for network in (delegator.network, *(averages[name].network for name in averages if name == "delegator")):
-                _spread_selection(network)
+                _spread_selection(network, info.channels)
             saving.start(
                 config.run_dir / "checkpoints",
                 [delegator, *hosted.values()],
                 groups,
                 Position(step, 0, step, step),
                 averages=averages,
-                extra={"config": config.model_dump(mode="json"), "config_digest": config.digest(), **ema},
+                extra={
+                    "config": config.model_dump(mode="json"),
+                    "config_digest": config.digest(),
+                    "preparation": info.preparation(config.data.resolution).record(),
+                    **ema,
+                },
                 keep=len(steps),
             ).finish()
     return config.run_dir
 
 
-def _spread_selection(network: torch.nn.Module) -> None:
+def _spread_selection(network: torch.nn.Module, channels: int) -> None:
     """A selection head on the whitened main directions of the features, so that each of up to 8 experts is chosen."""
     training = network.training
     network.eval()
     with torch.no_grad():
-        features = network.trunk(network.normalise(images_of(200, seed=5)))
+        features = network.trunk(network.normalise(images_of(200, seed=5).expand(-1, channels, -1, -1)))
         mean = features.mean(0)
         _, strength, directions = torch.linalg.svd(features - mean, full_matrices=False)
         head = network.selection_head

@@ -1,4 +1,5 @@
-"""Augmentation parameters as a function of (seed, epoch, sample id) alone, and the crops of evaluation (our own rules).
+"""Augmentation parameters as a function of (seed, epoch, sample id) alone (our own rules; the crops of
+evaluation are in preparation.py).
 
 They are the same for a sample whatever its batch, its rank, the number of ranks or the step a run resumed at.
 """
@@ -16,7 +17,6 @@ from coe_dist.seeds import derive_seed
 SCALE = (0.35, 1.0)  # share of the image's area that a random resized crop takes
 RATIO = (3 / 4, 4 / 3)  # its width / height
 ATTEMPTS = 10
-CENTRE_RATIO = 224 / 256  # side of the centre crop / shorter side of the image, the usual rule of ImageNet evaluation
 
 _DRAWS = 64  # counters set aside per sample
 _FLIP, _SHIFT_Y, _SHIFT_X, _CROP = 0, 1, 2, 8  # _CROP + 4 * attempt + (area, ratio, top, left); 3 to 7 and from 48 on
@@ -70,12 +70,6 @@ def placements(augmentation: Augmentation | None, key: int, ids_B: Integers) -> 
     right_B = (uniform(key, ids_B, _SHIFT_X) * span).astype(np.int64) - augmentation.shift
     flip_B = (uniform(key, ids_B, _FLIP) < 0.5) & augmentation.flip
     return Placement(down_B, right_B, flip_B)
-
-
-def centre_crops(heights_B: Integers, widths_B: Integers) -> Integers:
-    """[B,4] of (top, left, height, width): a square of 224/256 of the shorter side, in the middle."""
-    side_B = np.maximum((CENTRE_RATIO * np.minimum(heights_B, widths_B)).astype(np.int64), 1)
-    return np.stack([(heights_B - side_B) // 2, (widths_B - side_B) // 2, side_B, side_B], axis=1)
 
 
 def random_crops(key: int, ids_B: Integers, heights_B: Integers, widths_B: Integers) -> Integers:

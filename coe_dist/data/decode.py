@@ -20,7 +20,6 @@ from coe_dist.data.augment import (
     Augmentation,
     Placement,
     augmentation_key,
-    centre_crops,
     placements,
     random_crops,
 )
@@ -28,6 +27,7 @@ from coe_dist.data.ffcv_binding import Operation, imdecode
 from coe_dist.data.random_operations import apply_random_operations
 from coe_dist.data.resample import resample
 from coe_dist.data.stored import JPEG_MODE, Bytes
+from coe_dist.preparation import centre_crops
 
 
 class FailureSlot:

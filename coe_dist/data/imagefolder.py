@@ -16,10 +16,10 @@ from coe_dist.data.listing import Labelled, list_other, list_training
 from coe_dist.data.order import permutation
 from coe_dist.data.pixels import Inspection, inspect_file, read_pixels
 from coe_dist.data.progress import progress_bar
-from coe_dist.data.samples import printable
 from coe_dist.data.sidecar import Quarantined, SplitInfo
 from coe_dist.data.sources import AS_IT_IS, Opening, Source
 from coe_dist.errors import InputError
+from coe_dist.printable import printable
 from coe_dist.seeds import derive_seed
 
 

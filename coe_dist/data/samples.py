@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,6 @@ class Sample(NamedTuple):
 
     file: str
     checksum: int
-
-
-def printable(path: Path | str) -> str:
-    """A file name as one line of UTF-8: line ends, tabs and bytes that are no text are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def samples_path(beton: Path) -> Path:

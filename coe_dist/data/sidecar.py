@@ -9,9 +9,12 @@ import struct
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from coe_dist.errors import InputError
+from coe_dist.preparation import Preparation
 
 SPLITS = ("train", "validation", "test")
 _HEADER = struct.Struct("<HHIQQ")  # FFCV's: version, fields, page size, samples, place of the allocation table
@@ -58,6 +61,11 @@ class SplitInfo(_Record):
     written: WriteOptions = WriteOptions()
     bytes: int
     sha256: str
+
+    def preparation(self, resolution: int) -> Preparation:
+        """How the loaders prepare this split's images for evaluation at `resolution`."""
+        cropped = self.shape != (resolution, resolution)
+        return Preparation(self.channels, resolution, cropped, self.written.max_resolution)
 
     @model_validator(mode="after")
     def _consistent(self) -> SplitInfo:
@@ -109,6 +117,24 @@ def _check_file(beton: Path, info: SplitInfo) -> None:
     if version != _FFCV_FORMAT or samples != info.count or not 0 < table < size:
         raise InputError(
             f"{beton}: its header is not that of an FFCV file with {info.count} images; damaged, write it again"
+        )
+
+
+def check_labels(beton: Path, info: SplitInfo, labels_N: npt.NDArray[np.int64]) -> None:
+    """Every label of the file must be one of the classes of its side-car, and as often as it says. Raises InputError
+    naming the first image."""
+    classes = len(info.classes)
+    outside_N = (labels_N < 0) | (labels_N >= classes)
+    if outside_N.any():
+        position = int(outside_N.argmax())
+        raise InputError(
+            f"{beton}: label {labels_N[position]} of image {position} is not allowed; "
+            f"the side-car names {classes} classes, give 0 to {classes - 1}"
+        )
+    if (counts := tuple(np.bincount(labels_N, minlength=classes).tolist())) != info.counts_per_class:
+        raise InputError(
+            f"{beton}: its images per class are {list(counts)}, the side-car says {list(info.counts_per_class)}; "
+            "write the data set again"
         )
 
 

@@ -16,11 +16,13 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from coe_dist.data.augment import augmentation_key, centre_crops, placements, random_crops
+from coe_dist.data.augment import augmentation_key, placements, random_crops
 from coe_dist.data.batches import Batch, SplitReader
 from coe_dist.data.random_operations import apply_random_operations
+from coe_dist.data.sidecar import check_labels
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import TrainingError
+from coe_dist.preparation import centre_crops
 
 AHEAD = 2  # batches decoded before they are asked for
 
@@ -31,7 +33,7 @@ class TorchvisionLoader(SplitReader):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._stored = StoredImages(self.beton)
-        self.check_labels(self._stored.labels_N)
+        check_labels(self.beton, self.info, self._stored.labels_N)
         self._pool = ThreadPoolExecutor(self.threads, "decode")
         self._reading = 0  # the number of epochs started
 

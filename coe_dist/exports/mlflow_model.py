@@ -3,6 +3,7 @@
 DIR/MLmodel, requirements.txt, ...   MLflow's description: signature, input example, requirements
 DIR/model.py                         coe_dist/exports/mlflow_script.py
 DIR/code/coe_dist_<digest>/          the modules of this package that answering needs
+DIR/prepare.py                       coe_dist/preparation.py: image files -> the body of a request
 DIR/artifacts/weights/               what `coe-dist export weights` writes: safetensors and config.json
 
 mlflow.pyfunc.load_model("DIR").predict(images_NCHW)     # uint8, a table of answers
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coe_dist import preparation
 from coe_dist.errors import InputError
 from coe_dist.exports.packaged_code import package_code, rename_imports, requirements, write_code
 from coe_dist.inference import PretrainedConfig, read_config
@@ -110,8 +112,10 @@ def _save(folder: Path, name: str, **identity: str) -> Path:
         pip_requirements=requirements(code.libraries | {"mlflow", "numpy", "torch"}),
         signature=_signature(weights),
         input_example=_example(weights),
+        metadata={"preparation": weights.preparation.model_dump()},
         mlflow_model=mlflow.models.Model(**identity),
     )
+    shutil.copyfile(preparation.__file__, model / "prepare.py")
     for cache in list(model.rglob("__pycache__")):
         shutil.rmtree(cache)
     return model

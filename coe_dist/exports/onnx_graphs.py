@@ -3,6 +3,7 @@
     DIR/delegator.onnx    images -> class_logits [N,C], selection_logits [N,E]
     DIR/expert-0000.onnx  images -> class_logits [N,C]; one file for each expert
     DIR/manifest.json     what must be known besides: see _manifest
+    DIR/prepare.py        image files -> `images`, as for the run's validation: coe_dist/preparation.py
 
 `images` is uint8 [N,channels,resolution,resolution] with any N from 1; normalisation is part of each graph, and weights
 are float32. onnx_runner.py shows what to do with the graphs.
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import logging
 import re
+import shutil
 import tempfile
 import warnings as python_warnings
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coe_dist import preparation
 from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts, PretrainedConfig, expert_stems, read_config
 from coe_dist.training.chosen import LATEST, Weights
@@ -60,6 +63,7 @@ def convert(weights: Path, out: Path) -> None:
     model, config = CollaborationOfExperts.from_pretrained(weights).float(), read_config(weights)
     with new_folder(out) as partial:
         _write_graphs(model, config, partial)
+        shutil.copyfile(preparation.__file__, partial / "prepare.py")
         (partial / "manifest.json").write_text(json.dumps(_manifest(config, partial), indent=1, ensure_ascii=False))
 
 
@@ -170,6 +174,7 @@ def _manifest(config: PretrainedConfig, folder: Path) -> Mapping[str, Any]:
         "classes",
         "channels",
         "resolution",
+        "preparation",
         "mean",
         "std",
         "threshold",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coe_dist.errors import InputError
-from coe_dist.orchestration.resources import usable_cores
 from coe_dist.prediction.files import Broken, list_images
-from coe_dist.prediction.table import as_object, check_csv, csv_table, printable
+from coe_dist.prediction.table import as_object, check_csv, csv_table
+from coe_dist.printable import printable
+from coe_dist.resources import usable_cores
 
 if TYPE_CHECKING:  # torch takes seconds, which a refusal should not
     from coe_dist.prediction.answers import Prediction, Row
@@ -119,9 +120,7 @@ def _in_this_process(opened: Opened, files: Sequence[str], *, batch: int, top: i
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = min(usable_cores(), _MOST_THREADS)
-    yield from predict_files(
-        opened.model, opened.preparation, files, batch=batch, top=top, threads=threads, device=device
-    )
+    yield from predict_files(opened.model, files, batch=batch, top=top, threads=threads, device=device)
 
 
 class _Bar:

@@ -54,7 +54,7 @@ class PredictionWorker:
         try:
             opened = self._load(reference)
             with ThreadPoolExecutor(self._threads) as pool:
-                decoded = list(pool.map(lambda file: decode(file, opened.preparation), files))
+                decoded = list(pool.map(lambda file: decode(file, opened.model.preparation), files))
             with self._answering:
                 return answer(opened.model, files, decoded, top=self._top, device=self._device)
         except Exception as error:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from coe_dist.inference import CollaborationOfExperts
-from coe_dist.prediction.decode import Pixels, Preparation, decode
+from coe_dist.prediction.decode import decode
 from coe_dist.prediction.files import Broken
+from coe_dist.preparation import Pixels
 
 _AHEAD = 2  # chunks decoded, or being decoded, while the model is at work
 
@@ -41,7 +42,6 @@ def chunks_of(files: Sequence[str], batch: int) -> Iterator[Sequence[str]]:
 
 def predict_files(
     model: CollaborationOfExperts,
-    preparation: Preparation,
     files: Sequence[str],
     *,
     batch: int,
@@ -54,7 +54,8 @@ def predict_files(
     with ThreadPoolExecutor(threads, "decode") as pool:
         try:
             chunks = (
-                (chunk, [pool.submit(decode, file, preparation) for file in chunk]) for chunk in chunks_of(files, batch)
+                (chunk, [pool.submit(decode, file, model.preparation) for file in chunk])
+                for chunk in chunks_of(files, batch)
             )
             waiting: deque[tuple[Sequence[str], list[Future[Pixels | Broken]]]] = deque(islice(chunks, 1 + _AHEAD))
             while waiting:

@@ -1,4 +1,4 @@
-"""A run folder or an exported folder -> the model, with the threshold asked for, and how its images are prepared."""
+"""A run folder or an exported folder -> the model, with the threshold asked for."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coe_dist.coe.early_exit import CurvePoint, affordable_threshold
-from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError
 from coe_dist.inference import CONFIG_FILE, CollaborationOfExperts, read_config
-from coe_dist.prediction.decode import Preparation
 from coe_dist.training.checks import check_budget
 from coe_dist.training.chosen import LATEST, Networks, Weights
 from coe_dist.training.export import export_weights
-from coe_dist.training.run_folder import evaluation_file, load_run_config
+from coe_dist.training.run_folder import evaluation_file
 from coe_dist.training.thresholds import Threshold, check_threshold
 
 
 @dataclass(frozen=True)
 class Opened:
     model: CollaborationOfExperts  # on the CPU, in eval mode
-    preparation: Preparation
-    warnings: list[str]  # damaged saves that were passed over, a threshold calibrated for other networks
+    warnings: list[str]  # damaged saves that were passed over, a threshold calibrated for other networks, ...
 
 
 def open_model(
@@ -65,7 +62,7 @@ def open_model(
         model.threshold = model.threshold if threshold is None else threshold
     if not 1 <= top <= len(model.classes):
         raise InputError(f"--top: {top} is not allowed; the model has {len(model.classes)} classes, give at most that")
-    return Opened(model, _preparation(folder if is_run else None, model), warnings)
+    return Opened(model, warnings)
 
 
 def _load_run(
@@ -98,20 +95,3 @@ def _affordable(run_dir: Path, budget: float, model: CollaborationOfExperts) -> 
         return Threshold(affordable_threshold(points, budget), networks)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not an evaluation with a usable curve ({error})") from None
-
-
-def _preparation(run_dir: Path | None, model: CollaborationOfExperts) -> Preparation:
-    """As the run's data set, where it is still there, says how the loader treats its images."""
-    plain = Preparation(model.channels, model.resolution)
-    if run_dir is None:
-        return plain
-    try:
-        info = read_sidecar(Path(load_run_config(run_dir).data.folder) / "train.beton")
-    except InputError:
-        return plain
-    return Preparation(
-        model.channels,
-        model.resolution,
-        crop_all=info.shape != (model.resolution, model.resolution),
-        max_resolution=info.written.max_resolution,
-    )

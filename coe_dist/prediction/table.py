@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from coe_dist.errors import InputError
+from coe_dist.printable import printable
 
 if TYPE_CHECKING:  # torch takes seconds, which a refusal should not
     from coe_dist.prediction.answers import Prediction
@@ -107,10 +108,3 @@ def show_predictions(result: dict[str, Any]) -> None:
     )
     if result["csv"] is not None:
         console.print(Text(printable(result["csv"])))
-
-
-def printable(name: str) -> str:
-    """A file name may hold bytes that are not UTF-8, which a terminal's stream would refuse, and control characters,
-    which it would obey."""
-    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

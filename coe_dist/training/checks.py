@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from coe_dist.coe.macs import count_macs, exit_rate_for_budget
 from coe_dist.config import RunConfig
 from coe_dist.data.loaders import check_loader
-from coe_dist.data.sidecar import SPLITS, SplitInfo, read_sidecar
+from coe_dist.data.sidecar import SPLITS, SplitInfo, check_labels, read_sidecar
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
 from coe_dist.training.networks import NetworkBuilder, starting_networks
@@ -26,7 +25,8 @@ def check_run(config: RunConfig) -> NetworkBuilder:
     train = infos["train"]
     for split, info in infos.items():
         check_classes(split, info, train)
-        check_labels(folder / f"{split}.beton", info)
+        beton = folder / f"{split}.beton"
+        check_labels(beton, info, StoredImages(beton).labels_N)
     if config.training.global_batch > (count := min(train.count, config.data.limit or train.count)):
         raise InputError(
             f"training.global_batch: {config.training.global_batch} is not allowed; "
@@ -78,23 +78,6 @@ def check_empty_batches(builder: NetworkBuilder) -> None:
                 f"training.batchnorm: group is not allowed with {section}.network: {network}, which cannot run on "
                 f"an empty batch ({str(error).splitlines()[0]}); set training.batchnorm: local"
             ) from error
-
-
-def check_labels(beton: Path, info: SplitInfo) -> None:
-    """Every label must be one of the classes of the side-car, and as often as it says."""
-    labels_N, classes = StoredImages(beton).labels_N, len(info.classes)
-    outside = (labels_N < 0) | (labels_N >= classes)
-    if outside.any():
-        position = int(outside.argmax())
-        raise InputError(
-            f"{beton}: label {labels_N[position]} of image {position} is not allowed; "
-            f"the side-car names {classes} classes, give 0 to {classes - 1}"
-        )
-    if (counts := tuple(np.bincount(labels_N, minlength=classes).tolist())) != info.counts_per_class:
-        raise InputError(
-            f"{beton}: its images per class are {list(counts)}, the side-car says {list(info.counts_per_class)}; "
-            "write the data set again"
-        )
 
 
 def check_classes(split: str, info: SplitInfo, train: SplitInfo) -> None:

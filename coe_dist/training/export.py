@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from coe_dist.coe.macs import count_macs
 from coe_dist.config import NetworkConfig
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError
-from coe_dist.inference import CONFIG_FILE, PretrainedConfig, WeightsFile
+from coe_dist.inference import CONFIG_FILE, PreparationRecord, PretrainedConfig, WeightsFile
 from coe_dist.training.checkpoint import AVERAGE, WEIGHTS, load_weights
 from coe_dist.training.chosen import LATEST, Networks, Weights, chosen_weights
 from coe_dist.training.inspection import Collaboration, described, open_collaboration
@@ -29,7 +30,8 @@ def export_weights(
     threshold: Threshold | None = None,
 ) -> list[str]:
     """Copies the weights of a valid save to the new folder `out`; returns warnings: one for each damaged save that was
-    passed over, one when the threshold was calibrated for other networks than these.
+    passed over, one where nothing says how validation prepared its images, one when the threshold was calibrated for
+    other networks than these.
 
     weights: the moving averages (which evaluation uses where the run holds them) or the last step's; None: the averages
     where there are some. checkpoint: see chosen.py. threshold: instead of the run's own. `out` appears whole or not at
@@ -42,12 +44,13 @@ def export_weights(
     weights = chosen_weights(run_dir, weights, averaged=source.manifest.get("ema") is not None)
     if threshold is None:
         threshold = _threshold(run_dir, source)
-    config = pretrained_config(run_dir, source, weights, threshold.value)
+    preparation, notes = _preparation(source)
+    config = pretrained_config(run_dir, source, weights, threshold.value, preparation)
     with new_folder(out) as partial:
         for name in config.files:
             shutil.copyfile(source.save / _saved_as(name, weights), partial / name)
         (partial / CONFIG_FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1, ensure_ascii=False))
-    return [*source.warnings, *threshold.doubts(Networks(config.step, weights))]
+    return [*source.warnings, *notes, *threshold.doubts(Networks(config.step, weights))]
 
 
 def _saved_as(name: str, weights: Weights) -> str:
@@ -56,7 +59,7 @@ def _saved_as(name: str, weights: Weights) -> str:
 
 
 def pretrained_config(
-    run_dir: Path, source: Collaboration, weights: Weights, threshold: float | None
+    run_dir: Path, source: Collaboration, weights: Weights, threshold: float | None, preparation: PreparationRecord
 ) -> PretrainedConfig:
     """What config.json says. The pixel statistics are those inside the weights, not the data set's of today."""
     config, save, saved = source.config, source.save, source.manifest["files"]
@@ -70,6 +73,7 @@ def pretrained_config(
         **shape,
         "classes": _class_names(run_dir, source, shape["classes"]),
         "resolution": config.data.resolution,
+        "preparation": preparation,
         "final": config.early_exit.final,
         "delegator_macs": 1,  # until the networks are there to be counted
         "expert_macs": [1] * config.experts.count,
@@ -88,6 +92,23 @@ def pretrained_config(
         load_weights(save, network, name, AVERAGE if weights == "ema" else WEIGHTS)
         macs.append(count_macs(network, channels=built.channels, resolution=built.resolution))
     return built.model_copy(update={"delegator_macs": macs[0], "expert_macs": [macs[1]] * built.count})
+
+
+def _preparation(source: Collaboration) -> tuple[PreparationRecord, list[str]]:
+    """As the save says; of older ones, as the data set says. A warning where neither does."""
+    side = source.config.data.resolution
+    try:
+        if "preparation" in source.manifest:
+            return PreparationRecord.model_validate(source.manifest["preparation"]), []
+        validation = read_sidecar(Path(source.config.data.folder) / "validation.beton")
+        return PreparationRecord(**validation.preparation(side).record()), []
+    except ValidationError as error:
+        raise InputError(f"{source.save / 'manifest.json'}: preparation: {error.errors()[0]['msg']}") from None
+    except InputError as error:
+        doubt = f"{source.save}: it does not say how validation prepared its images, and {error}"
+        return PreparationRecord(crop_all=False, max_resolution=None), [
+            f"{doubt}; files of {side} x {side} pixels are taken whole, others cropped and resized"
+        ]
 
 
 def _threshold(run_dir: Path, source: Collaboration) -> Threshold:

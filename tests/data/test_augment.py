@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coe_dist.config import AugmentationConfig
-from coe_dist.data.augment import RATIO, SCALE, augmentation_key, centre_crops, placements, random_crops, uniform
+from coe_dist.data.augment import RATIO, SCALE, augmentation_key, placements, random_crops, uniform
+from coe_dist.preparation import centre_crops
 
 IDS = np.arange(4000)
 KEY = augmentation_key(0, 0)

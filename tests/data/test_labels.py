@@ -75,6 +75,9 @@ def test_classes_of_several_words(tmp_path: Path) -> None:
     labels = text(tmp_path / "labels.csv", 'a.png,"great white shark, big"')
     classes = ("great", "great white shark, big")
     assert read_labels(labels, tmp_path / "val", [tmp_path / "val" / "a.png"], classes, None)[0][1] == 1
+    order = text(tmp_path / "order.txt", *reversed(classes))
+    truth = text(tmp_path / "truth.txt", "1")
+    assert read_labels(truth, tmp_path / "val", [tmp_path / "val" / "a.png"], classes, order)[0][1] == 1
 
 
 def csv_lines(*changes: tuple[int, str]) -> list[str]:

@@ -18,6 +18,7 @@ from trained_run import images_of
 
 from coe_dist import cli
 from coe_dist.inference import CollaborationOfExperts
+from coe_dist.preparation import Preparation
 from coe_dist.tracking.store import connect
 
 
@@ -27,12 +28,14 @@ def images_NCHW() -> Any:
 
 
 def test_the_folder_holds_no_pickle_and_says_what_it_takes(tracked: Tracked) -> None:
-    names = {path.name for path in tracked.out.rglob("*") if path.is_file()}
-    assert {"MLmodel", "model.py", "requirements.txt", "config.json", "delegator.safetensors"} <= names
+    paths = (path for path in tracked.out.rglob("*") if path.is_file())
+    names = {path.name for path in paths if path.parent.name != "__pycache__"}  # what Python makes of code that was run
+    assert {"MLmodel", "model.py", "requirements.txt", "config.json", "delegator.safetensors", "prepare.py"} <= names
     assert {Path(name).suffix for name in names} <= {"", ".py", ".txt", ".json", ".safetensors", ".yaml"}
     described = yaml.safe_load((tracked.out / "MLmodel").read_text())
     [spec] = json.loads(described["signature"]["inputs"])
     assert spec["tensor-spec"] == {"dtype": "uint8", "shape": [-1, 1, 28, 28]}
+    assert described["metadata"] == {"preparation": Preparation(1, 28).record()}
     columns = {column["name"]: column["type"] for column in json.loads(described["signature"]["outputs"])}
     assert columns == {"class": "string", "probability": "double", "expert": "long", "macs": "long"}
     required = (tracked.out / "requirements.txt").read_text()

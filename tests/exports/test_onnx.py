@@ -32,6 +32,7 @@ from coe_dist.exports import onnx_runner
 from coe_dist.exports.onnx_graphs import convert, export_onnx
 from coe_dist.exports.onnx_runner import OnnxCollaboration
 from coe_dist.inference import CollaborationOfExperts, PretrainedConfig, read_config
+from coe_dist.preparation import Preparation
 from coe_dist.training.export import export_weights
 
 MARGIN = 1e-4  # answers may differ where selection, or confidence and threshold, are nearer than this
@@ -123,6 +124,7 @@ def colour_weights(
         "mean": [0.4, 0.5, 0.6],
         "std": [0.2, 0.3, 0.4],
         "resolution": 48,
+        "preparation": Preparation(3, 48).record(),
         "threshold": None,
         "final": "expert",
         "delegator_macs": 1,
@@ -209,7 +211,8 @@ def test_the_manifest_says_what_must_be_known(run: Path, graphs: Path, model: Co
     assert (manifest["mean"], manifest["std"]) == (config.mean, config.std)
     assert manifest["delegator"]["macs"] == model.delegator_macs
     assert [entry["macs"] for entry in manifest["experts"]] == list(model.expert_macs)
-    names = {"manifest.json", "delegator.onnx", *(f"expert-{number:04d}.onnx" for number in range(3))}
+    assert manifest["preparation"] == Preparation(1, 28).record()
+    names = {"manifest.json", "prepare.py", "delegator.onnx", *(f"expert-{number:04d}.onnx" for number in range(3))}
     assert {path.name for path in graphs.iterdir()} == names
     hashes = {entry["sha256"] for entry in manifest["experts"]}
     assert len(hashes) == 3  # experts have their own weights

@@ -126,7 +126,7 @@ def test_the_cheapest_accurate_threshold_is_stored_and_used(run: Path, images: I
 def test_the_table_names_both_calibration_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored = json.loads((run / "evaluation-validation.json").read_text())
     show_calibration({**stored, "ece": {"coe": 0.0123, "delegator": 0.25}}, run)
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert "calibration error (15 bins): collaboration 1.23%, delegator 25.00%" in told
     assert "validation split, 101 images" in told
 

@@ -14,8 +14,9 @@ from coe_dist.data.beton import write_dataset
 from coe_dist.data.fashion_mnist import open_fashion_mnist
 from coe_dist.data.loader import SplitLoader
 from coe_dist.data.sidecar import read_sidecar
-from coe_dist.prediction.decode import Preparation, decode
+from coe_dist.prediction.decode import decode
 from coe_dist.prediction.files import Broken
+from coe_dist.preparation import Preparation
 
 
 def save(path: Path, height: int, width: int, seed: int) -> None:

@@ -21,8 +21,8 @@ from coe_dist.data.sidecar import WriteOptions, read_sidecar, write_sidecar
 from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts
 from coe_dist.orchestration.predict import predict
-from coe_dist.prediction.decode import Preparation
 from coe_dist.prediction.model import open_model
+from coe_dist.preparation import Preparation
 
 BROKEN = ["20-broken.png", "broken-a.png"]
 
@@ -147,8 +147,8 @@ def test_names_that_are_not_text_keep_their_bytes(
     show_predictions({**result, "csv": None})
     show_predictions(result)
     told = capsysbinary.readouterr()
-    assert b"b\\xff.png" in told.out or b"b\\udcff.png" in told.out
-    assert b"broken\\udcff.png" in told.err
+    assert b"b\\xff.png" in told.out
+    assert b"broken\\xff.png" in told.err
     assert json.loads(json.dumps(result))["predictions"][1]["file"] == files[2]
 
 
@@ -176,20 +176,35 @@ def test_a_budget_takes_the_largest_affordable_threshold_of_the_curve(
         assert threshold == max(point["threshold"] for point in points if point["average_macs"] <= budget)
 
 
-def test_the_runs_data_set_says_how_images_are_prepared(small_predictor: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_save_says_how_images_are_prepared_and_of_older_ones_the_data_set(
+    small_predictor: tuple[Path, Path], tmp_path: Path
+) -> None:
     run, weights = small_predictor
-    copy = tmp_path / "run"
+    assert open_model(run).model.preparation == open_model(weights).model.preparation == Preparation(1, 28)
+    copy, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(run, copy)
-    data = tmp_path / "data"
-    (copy / "config.yaml").write_text((run / "config.yaml").read_text().replace(_data_of(run), str(data)))
-    assert open_model(copy).preparation == Preparation(1, 28)  # no data set there
+    path = copy / "checkpoints" / "step-00000003" / "manifest.json"
+    manifest = json.loads(path.read_text().replace(_data_of(run), str(data)))
+
+    def opened(**record: Any) -> tuple[Preparation, list[str]]:
+        path.write_text(json.dumps(manifest | record))
+        found = open_model(copy)
+        return found.model.preparation, found.warnings
+
+    cropped = Preparation(1, 28, crop_all=True, max_resolution=60)
+    assert opened(preparation=cropped.record()) == (cropped, [])
+    with pytest.raises(InputError, match=r"manifest.json: preparation: Input should be 'centre 224/256"):
+        opened(preparation=cropped.record() | {"rule": "squeeze"})
+    del manifest["preparation"]
+    preparation, [warning] = opened()
+    assert preparation == Preparation(1, 28)
+    assert "it does not say how validation prepared its images, and " in warning
     write_dataset("fashion-mnist", data, limit=4)
-    assert open_model(copy).preparation == Preparation(1, 28)  # all of its images have the networks' size
-    info = read_sidecar(data / "train.beton")
+    assert opened() == (Preparation(1, 28), [])
+    info = read_sidecar(data / "validation.beton")
     changed = info.model_copy(update={"shape": None, "written": WriteOptions(max_resolution=60)})
-    write_sidecar(data / "train.beton", changed)
-    assert open_model(copy).preparation == Preparation(1, 28, crop_all=True, max_resolution=60)
-    assert open_model(weights).preparation == Preparation(1, 28)
+    write_sidecar(data / "validation.beton", changed)
+    assert opened() == (cropped, [])
 
 
 def _data_of(run: Path) -> str:
