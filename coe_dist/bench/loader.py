@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 import torch
 
-from coe_dist.bench.loader_images import benchmark_images
 from coe_dist.bench.loader_parts import file_parts, stored_parts
 from coe_dist.bench.loader_peers import torchvision_loader
 from coe_dist.bench.ranks import Seconds, summary
@@ -28,8 +27,10 @@ from coe_dist.bench.record import Record, case, machine, versions
 from coe_dist.config import AugmentationConfig
 from coe_dist.data.beton import write_file
 from coe_dist.data.loader import SplitLoader
+from coe_dist.data.synthetic import write_synthetic_images
+from coe_dist.resources import usable_cores
 
-IMAGES, BATCH = 2048, 128
+IMAGES, BATCH, CLASSES = 2048, 128, 4
 CASES = [(500, 0.5, 176), (500, 0.5, 224), (256, 0.5, 176), (500, 1.0, 176), (500, 0.0, 176)]
 PEERS = {"torchvision": "pil", "torchvision_tensor": "tensor"}
 AUGMENTATION = AugmentationConfig(flip=True, shift=0, random_resized_crop=True)
@@ -53,10 +54,18 @@ def run_loader_bench(*, quick: bool = False) -> Record:
     return {"name": "loader", "machine": machine(), "versions": packages, "cases": cases}
 
 
+def benchmark_images(count: int, folder: Path | None = None) -> Path:
+    """`count` images for training in four classes, and one image a class in FOLDER/val; made once, kept in the user's
+    cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coe_dist"
+    folder = folder or cache / f"loader-benchmark-{count}"
+    return write_synthetic_images(folder, {"train": count, "val": CLASSES}, classes=CLASSES)
+
+
 def _case(
     folder: Path, scratch: Path, max_resolution: int, fraction: float, resolution: int, *, images: int, repeats: int
 ) -> Record:
-    workers = len(os.sched_getaffinity(0))
+    workers = usable_cores()
     beton = scratch / "train.beton"
     write_file(
         folder, beton, max_resolution=max_resolution, jpeg_fraction=fraction, workers=workers, overwrite=beton.exists()

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coe_dist.bench.plan_rates import rates_of, usable_cores
+from coe_dist.bench.plan_rates import rates_of
 from coe_dist.bench.planning import data_of, facts_of
 from coe_dist.bench.ranks import measure_in_ranks
 from coe_dist.bench.record import Record, case, machine, versions
 from coe_dist.config import RunConfig, parse_config
 from coe_dist.planner.run import Run
+from coe_dist.resources import usable_cores
 
 STEPS, EPOCHS = 18, 2  # steps of an epoch
 RECORDED = 6  # steps between two records: a record costs time too, and training usually writes one in 20 steps

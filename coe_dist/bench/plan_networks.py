@@ -16,11 +16,12 @@ from coe_dist.coe import modules, pwlu
 from coe_dist.config import RunConfig
 from coe_dist.data.sidecar import SplitInfo
 from coe_dist.parallel.groups import Group, Groups
-from coe_dist.planner.devices import IMAGE_SECONDS, RAW_SECONDS
+from coe_dist.planner.devices import loader_seconds
 from coe_dist.planner.layout import Layout
 from coe_dist.planner.rates import Cost
 from coe_dist.training.engines import NetworkEngine, wide
 from coe_dist.training.networks import NetworkBuilder, averages_of, engine_for
+from coe_dist.training.teacher import unlearned_teacher
 
 LOADER_IMAGES = 2048  # of each rank, at most
 _MOST_EXPERTS = 4  # enough for their activations to displace each other, as a step's do
@@ -99,8 +100,21 @@ def measure_networks(setting: Setting, engines: Engines) -> Record:
         figures[name] = asdict(_network_cost(there, group, int(rows.max()) + 1))
         ready = replace(setting, between=passes(setting, group, 4))
         figures[f"{name}_step"] = ready.seconds(_steps(group, setting.config.training.ema_decay)) / len(group)
+    if setting.config.distillation is not None:
+        figures["teacher"] = asdict(_teacher_cost(setting, engines, int(layout.images.max()) + 1))
     figures["delegator_bytes"] = sum(p.numel() * p.element_size() for p in engines.delegator.network.parameters())
     return figures
+
+
+def _teacher_cost(setting: Setting, engines: Engines, rows: int) -> Cost:
+    """Of its answers to so many images, with random weights."""
+    teacher = unlearned_teacher(setting.config, setting.info).to(setting.device)
+    side = setting.config.data.resolution
+    images = torch.zeros(max(rows, 2), setting.info.channels, side, side, dtype=torch.uint8, device=setting.device)
+    there = replace(setting, between=passes(setting, engines.experts, 8))
+    few, many = max(1, len(images) // 4), len(images)
+    small, large = (there.seconds(lambda n=n: teacher.hints(images[:n])) for n in (few, many))  # type: ignore[misc]
+    return affine((few, small), (many, large))
 
 
 def _steps(engines: list[NetworkEngine], ema_decay: float | None) -> Callable[[], None]:
@@ -160,8 +174,7 @@ def measure_loader(setting: Setting) -> Record:
     Collective only in that all ranks read at once."""
     data, beton = setting.config.data, Path(setting.config.data.folder) / "train.beton"
     if not beton.is_file():
-        raw = setting.info.shape is not None and max(setting.info.shape) < 64
-        return {"loader_seconds_per_image": RAW_SECONDS if raw else IMAGE_SECONDS}
+        return {"loader_seconds_per_image": loader_seconds(setting.config)}
     from coe_dist.data.loaders import open_loader
 
     images = LOADER_IMAGES * setting.groups.world.size

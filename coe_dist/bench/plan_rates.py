@@ -22,6 +22,7 @@ from coe_dist.config import RunConfig, parse_config
 from coe_dist.data.sidecar import SplitInfo
 from coe_dist.planner.devices import NETWORK_LATENCY, default_network
 from coe_dist.planner.rates import Cost, Link, Rates, RouterRates
+from coe_dist.resources import usable_cores, usable_memory
 
 
 def measure_here(
@@ -39,10 +40,6 @@ def measure_here(
     return rates_of(figures, cores=cores, per_node=per_node, network=network)
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _places(config: RunConfig, cores: int) -> int:
     import torch
 
@@ -58,6 +55,7 @@ def rates_of(figures: Record, *, cores: int, per_node: int, network: float | Non
         device="here",
         delegator=costs["delegator"],
         expert=costs["expert"],
+        teacher=Cost(**figures["teacher"]) if "teacher" in figures else None,
         delegator_step=figures["delegator_step"],
         expert_step=figures["expert_step"],
         router=RouterRates(costs["assign"], costs["labels"], costs["plan"], figures["plan_peer"]),
@@ -68,7 +66,8 @@ def rates_of(figures: Record, *, cores: int, per_node: int, network: float | Non
         small_operation=figures["small_operation"],
         loader_seconds_per_image=figures["loader_seconds_per_image"],
         cores_per_worker=cores / per_node,
-        memory_bytes=figures["memory_bytes"] / per_node,
+        # a GPU is a worker's own, the memory of processors is shared by those of a machine
+        memory_bytes=figures["memory_bytes"] / (1 if figures["own_memory"] else per_node),
         framework_bytes=figures["framework_bytes"],
         per_node=per_node,
     )
@@ -96,8 +95,9 @@ def measure_rates(config: RunConfig, info: SplitInfo, planned: int) -> Record:
     figures = measure_networks(setting, engines)
     figures["measured"] = groups.world.size
     figures["framework_bytes"] = float(psutil.Process().memory_info().rss)
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    figures["memory_bytes"] = float(memory or psutil.virtual_memory().total)
+    figures["own_memory"] = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if figures["own_memory"] else usable_memory()
+    figures["memory_bytes"] = float(memory)
     busy = replace(setting, between=passes(setting, [*engines.experts, engines.delegator], 8))
     figures |= measure_router(busy) | measure_exchange(busy, figures["delegator_bytes"])
     return figures | measure_loader(setting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from coe_dist.config import RunConfig
 from coe_dist.data.sidecar import SplitInfo, read_sidecar, sidecar_path
 from coe_dist.errors import InputError
 from coe_dist.planner.devices import BANDWIDTH, COMPUTE, default_network, find_device, parse_bandwidth, tabulated
-from coe_dist.planner.facts import NetworkFacts, count_network
+from coe_dist.planner.facts import ForwardFacts, NetworkFacts, count_forward, count_network
 from coe_dist.planner.plan import check_world, make_plan
+from coe_dist.planner.rates import Rates
 from coe_dist.planner.run import Run
 from coe_dist.training.networks import NetworkBuilder
+from coe_dist.training.teacher import unlearned_teacher
 
 MEASURE = "measure"
+Counted = tuple[NetworkFacts, NetworkFacts, ForwardFacts | None]
 # images of train and of validation, channels, classes; ImageNet's, of which `coe-dist data write` cuts validation off
 _USUAL = {"fashion-mnist": (55_000, 5_000, 1, 10), "imagefolder": (1_231_167, 50_000, 3, 1000)}
 
@@ -38,12 +42,13 @@ def plan_run(
         raise InputError(f"--gpus-per-machine: {gpus_per_machine} is not allowed; give a whole number of at least 1")
     bandwidth = None if network is None else parse_bandwidth(network)
     info, validation, assumed = data_of(config)
-    delegator, expert = facts_of(config, info)
-    if gpu == MEASURE:
-        rates = measure_here(config, info, gpus, network=bandwidth, per_node=gpus_per_machine)
-    else:
-        rates = tabulated(gpu, config, delegator, expert, network=bandwidth, per_node=gpus_per_machine)
-    run = Run(config, delegator, expert, info.channels, info.count, validation, rates)
+
+    def rates(settings: RunConfig, counted: Counted) -> Rates:
+        if gpu == MEASURE:
+            return measure_here(settings, info, gpus, network=bandwidth, per_node=gpus_per_machine)
+        return tabulated(gpu, settings, *counted, network=bandwidth, per_node=gpus_per_machine)
+
+    run = run_of(config, info, validation, rates)
     plan = make_plan(run, gpus)
     return {**plan, "assumptions": [*assumed, *_assumptions(run, plan, given=bandwidth is not None)]}
 
@@ -73,6 +78,44 @@ def data_of(config: RunConfig) -> tuple[SplitInfo, int, list[str]]:
         f"no data in {folder}: {name}'s {train:,} images for training and {validation:,} for validation, "
         f"{classes:,} classes"
     ]  # fmt: skip
+
+
+def run_of(config: RunConfig, info: SplitInfo, validation: int, rates_of: Callable[[RunConfig, Counted], Rates]) -> Run:
+    """rates_of: for images of a configuration's data.resolution, asked also for those with which training begins."""
+    counted, smallest, growing = counted_of(config, info), None, config.data.progressive
+    if growing is not None:
+        data = config.data.model_copy(update={"resolution": growing.start, "progressive": None})
+        small = config.model_copy(update={"data": data})
+        smallest = rates_of(small, counted_of(small, info))
+    delegator, expert, teacher = counted
+    return Run(
+        config,
+        delegator,
+        expert,
+        info.channels,
+        info.count,
+        validation,
+        rates_of(config, counted),
+        smallest,
+        teacher,
+        len(info.classes),
+    )
+
+
+def counted_of(config: RunConfig, info: SplitInfo) -> Counted:
+    """Delegator, expert and teacher; see facts_of and teacher_of."""
+    return *facts_of(config, info), teacher_of(config, info)
+
+
+def teacher_of(config: RunConfig, info: SplitInfo) -> ForwardFacts | None:
+    """The teacher's facts for images of data.resolution; its file need not be there. Raises InputError for a name that
+    timm does not know."""
+    if config.distillation is None:
+        return None
+    with torch.device("meta"):
+        network = unlearned_teacher(config, info).network
+    side, precision = config.data.resolution, config.training.precision
+    return count_forward("teacher", network, channels=info.channels, resolution=side, precision=precision)
 
 
 def facts_of(config: RunConfig, info: SplitInfo) -> tuple[NetworkFacts, NetworkFacts]:
@@ -115,5 +158,10 @@ def _assumptions(run: Run, plan: dict[str, Any], *, given: bool) -> list[str]:
     ]
     if plan["nodes"] > 1 and not given:
         lines.append(f"{default_network(rates.device) / 1e9:g} GB/s for each worker between machines (--network)")
+    if run.smallest is not None:
+        lines.append(
+            f"rates for images between {min(run.stages)} and {max(run.stages)} pixels a side on a straight line in the "
+            "number of pixels"
+        )
     lines.append("start-up, checkpoints and restarts take no time")
     return lines

@@ -6,7 +6,6 @@ numbers and strings that json can write. ratio = the peer's seconds / our second
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -15,17 +14,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from coe_dist.resources import usable_cores, usable_memory
+
 Record = dict[str, Any]
 
 
 def machine() -> Record:
     """Processor, usable cores, memory (GiB), operating system and Python of this machine."""
-    import psutil
-
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cores": usable_cores(),
+        "memory_gib": round(usable_memory() / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

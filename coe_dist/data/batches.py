@@ -6,7 +6,6 @@ so that the ranks' batches in rank order are the global batch.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from coe_dist.data.augment import Augmentation
 from coe_dist.data.order import epoch_order, rank_batches, share
 from coe_dist.data.progressive import Progressive, resolution_of
 from coe_dist.data.sidecar import SplitInfo, read_sidecar
-from coe_dist.errors import InputError
+from coe_dist.resources import usable_cores
 
 
 class Batch(NamedTuple):
@@ -66,7 +65,7 @@ class SplitReader(ABC):
         self.resolution, self.seed, self.train = resolution, seed, train
         self.augmentation = augmentation if train else None
         self.progressive = progressive if train else None
-        self.threads = max(1, min(threads, len(os.sched_getaffinity(0))))
+        self.threads = max(1, min(threads, usable_cores()))
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         start, stop = share(global_batch, rank, world_size)
         self.largest_batch = max(1, stop - start)
@@ -89,13 +88,6 @@ class SplitReader(ABC):
         """What a rank without rows gets."""
         images = torch.zeros((0, self.info.channels, side, side), dtype=torch.uint8)
         return Batch(images, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-
-    def check_labels(self, labels_N: npt.NDArray[np.int64]) -> None:
-        """Raises InputError for a label outside the side-car's classes."""
-        classes = len(self.info.classes)
-        if labels_N.min() < 0 or labels_N.max() >= classes:
-            bad = int(labels_N.min() if labels_N.min() < 0 else labels_N.max())
-            raise InputError(f"{self.beton}: label {bad} is outside the {classes} classes of its side-car")
 
     @abstractmethod
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from coe_dist.data.sources import SOURCES, Source, open_source
 from coe_dist.data.write_split import write_split
 from coe_dist.data.writing import Writing
 from coe_dist.errors import InputError
+from coe_dist.resources import usable_cores
 
 _SPLIT_OF = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
@@ -33,7 +33,7 @@ def write(
 
     Raises InputError for an argument that the chosen one does not take, and what it raises.
     """
-    settings["workers"] = len(os.sched_getaffinity(0)) if workers is None else workers
+    settings["workers"] = usable_cores() if workers is None else workers
     if folder is None:
         for field, value in (("split", split), ("train_file", train_file)):
             if value is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from coe_dist.errors import InputError
@@ -82,7 +82,7 @@ def _numbered(
         )
     if len(images) != len(lines):
         raise InputError(f"{labels}: {len(lines)} numbers for the {len(images)} images of {folder}")
-    names = _synsets(synsets)
+    names = _synsets(synsets, number_of)
     labelled = []
     for line, (text, path) in enumerate(zip(lines, images, strict=True), 1):
         if text.isdigit() and int(text) in names:
@@ -98,14 +98,15 @@ def _numbered(
     return labelled
 
 
-def _synsets(path: Path) -> dict[int, str]:
+def _synsets(path: Path, classes: Collection[str]) -> dict[int, str]:
     if path.suffix == ".mat":
         return _devkit(path)
     lines = _lines(path)
     words = [line.split() for line in lines]
     if all(len(word) > 1 and word[1].isdigit() for word in words):
         return {int(word[1]): word[0] for word in words}
-    names = [word[0] for word in words]
+    whole = all(line in classes for line in lines)  # classes of several words
+    names = lines if whole else [word[0] for word in words]
     if len(names) == _ILSVRC and names == sorted(names) and all(_WORDNET.fullmatch(name) for name in names):
         raise InputError(
             f"{path}: its classes are in alphabetical order, which is not the order of ILSVRC's numbers; "

@@ -14,6 +14,7 @@ import torch
 from coe_dist.data.batches import Batch, SplitReader
 from coe_dist.data.decode import FailureSlot, IdDecoder, ImageDecoder, LabelDecoder
 from coe_dist.data.ffcv_binding import FIELDS, Loader, PipelineSpec, TraversalOrder
+from coe_dist.data.sidecar import check_labels
 from coe_dist.errors import InputError, TrainingError
 
 POLL_SECONDS = 0.5
@@ -117,5 +118,5 @@ class SplitLoader(SplitReader):
         )
         if tuple(loader.reader.field_names) != FIELDS:
             raise InputError(f"{self.beton}: its fields are {loader.reader.field_names}, not {list(FIELDS)}")
-        self.check_labels(loader.reader.metadata["f1"])
+        check_labels(self.beton, self.info, loader.reader.metadata["f1"])
         return loader

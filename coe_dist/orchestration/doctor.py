@@ -22,7 +22,7 @@ from coe_dist.errors import EXIT_FAILED, EXIT_OK
 from coe_dist.orchestration.advice import advice_for
 from coe_dist.orchestration.probes import PROBES
 from coe_dist.orchestration.processes import end_marked, marking, marking_variable, new_mark
-from coe_dist.orchestration.resources import usable_cores, usable_memory
+from coe_dist.resources import usable_cores, usable_memory
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from coe_dist.config import RunConfig
 from coe_dist.errors import InputError
 from coe_dist.orchestration.ray_session import RaySession
-from coe_dist.orchestration.resources import usable_cores, usable_gpus
+from coe_dist.resources import usable_cores, usable_gpus
 
 _SMALLEST_ELASTIC_SHARE = 1 / 16
 

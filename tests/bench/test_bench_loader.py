@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coe_dist.bench.loader_images import CLASSES, HEIGHT, WIDTH, benchmark_images
+from coe_dist.bench.loader import CLASSES, benchmark_images
 from coe_dist.bench.loader_parts import file_parts
 from coe_dist.bench.loader_peers import torchvision_loader
 from coe_dist.bench.run import run_bench, show
+from coe_dist.data.synthetic import HEIGHT, WIDTH
 
 FIGURES = {"seconds", "fastest_seconds", "spread", "cpu_seconds", "images_per_second", "cpu_seconds_per_1000"}
 

@@ -12,6 +12,7 @@ from small_data import small_config
 
 from coe_dist.bench.plan_networks import affine
 from coe_dist.bench.plan_rank import step_seconds
+from coe_dist.bench.plan_rates import rates_of
 from coe_dist.bench.planning import plan_run
 from coe_dist.bench.run import run_bench
 from coe_dist.config import parse_config
@@ -33,7 +34,13 @@ def test_predicted_and_measured_seconds_of_a_real_training() -> None:
 
 
 def test_this_machine_is_measured_for_any_number_of_workers(tmp_path: Path) -> None:
-    content = small_config(tmp_path / "none", tmp_path, workers={"count": 1, "device": "cpu"})
+    content = small_config(
+        tmp_path / "none",
+        tmp_path,
+        distillation={"teacher": "test_efficientnet", "weights": "none"},
+        workers={"count": 1, "device": "cpu"},
+    )
+    content["data"]["progressive"] = {"start": 16, "until_epoch": 1}
     plan = plan_run(parse_config(content), gpus=1, gpu="measure")
     rates = json.loads(json.dumps(plan["rates"]))
     assert plan["gpu"] == rates["device"] == "here"
@@ -42,6 +49,7 @@ def test_this_machine_is_measured_for_any_number_of_workers(tmp_path: Path) -> N
     for cost in (
         rates["delegator"],
         rates["expert"],
+        rates["teacher"],
         *(rates["router"][part] for part in ("assign", "labels", "plan")),
     ):
         assert cost["fixed"] >= 0
@@ -50,6 +58,23 @@ def test_this_machine_is_measured_for_any_number_of_workers(tmp_path: Path) -> N
     assert rates["delegator_step"] > 0 < rates["expert_step"]
     assert rates["framework_bytes"] > 1e8
     assert plan["step"]["parts"]["reduce"] == 0
+    assert plan["step"]["parts"]["teacher"] > 0
+    assert [stage["resolution"] for stage in plan["stages"]] == [16, 28]
+
+
+@pytest.mark.parametrize(("own", "a_worker_has"), [(True, 80e9), (False, 20e9)])
+def test_a_gpu_is_a_workers_own_and_a_machines_memory_is_shared(own: bool, a_worker_has: float) -> None:
+    cost, link = {"fixed": 0.0, "each": 1.0}, {"latency": 1.0, "bytes_per_second": 1.0}
+    figures = {
+        **dict.fromkeys(("delegator", "expert", "assign", "labels", "plan"), cost),
+        **dict.fromkeys(("inside", "inside_sums"), link),
+        **dict.fromkeys(("delegator_step", "expert_step", "plan_peer", "copy_bytes_per_second"), 1.0),
+        **dict.fromkeys(("small_operation", "loader_seconds_per_image", "framework_bytes"), 1.0),
+        "measured": 4,
+        "memory_bytes": 80e9,
+        "own_memory": own,
+    }
+    assert rates_of(figures, cores=8, per_node=4, network=None).memory_bytes == a_worker_has
 
 
 @given(rows=st.floats(1, 1e6), more=st.floats(0, 1e6), seconds=st.floats(1e-9, 1e3), longer=st.floats(1e-9, 1e3))

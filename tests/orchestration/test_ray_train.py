@@ -10,8 +10,8 @@ from namespaces import clean_environment, in_private_network, python
 from coe_dist.config import parse_config
 from coe_dist.errors import InputError
 from coe_dist.orchestration.ray_train import run_under_ray
-from coe_dist.orchestration.resources import usable_cores
 from coe_dist.orchestration.shares import check_workers
+from coe_dist.resources import usable_cores
 from coe_dist.training.job import Job
 
 SCENARIO = Path(__file__).with_name("scenario_session.py")

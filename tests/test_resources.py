@@ -5,7 +5,7 @@ import os
 import psutil
 import pytest
 
-from coe_dist.orchestration.resources import usable_cores, usable_memory
+from coe_dist.resources import usable_cores, usable_memory
 
 
 def tree(tmp_path, own, **files):
