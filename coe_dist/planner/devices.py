@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from coe_dist.config import RunConfig
 from coe_dist.errors import InputError
-from coe_dist.planner.facts import NetworkFacts
+from coe_dist.planner.facts import ForwardFacts, NetworkFacts
 from coe_dist.planner.rates import Cost, Link, Rates, RouterRates
 
 COMPUTE, BANDWIDTH = 0.5, 0.46  # of the peaks
@@ -32,8 +32,10 @@ ROUTER_LABELS = 4e-7  # seconds for each pair
 ROUTER_PLAN = 1.2e-7  # seconds for each pair
 ROUTER_PLAN_PEER = 3e-5  # seconds for each rank
 COPY = 0.4  # of the memory bandwidth that gathering images reaches
-# of one core, to decode, crop and resize an image of at most 500 pixels a side, half of them JPEG (`bench loader`)
-IMAGE_SECONDS = 1 / 1500
+# of one core, to read an image of at most 500 pixels a side, half of them JPEG: to decode and crop it, and more for
+# each pixel of the result, once for resizing and once for each random operation. About 1,500 images/s at 176 pixels
+# without operations (`bench loader`); from 64 to 288 pixels, with none and with two, measured times are within 8%.
+IMAGE_SECONDS, PIXEL_SECONDS = 0.8 / 1500, 3.5e-9
 RAW_SECONDS = 1 / 40_000  # to copy a small raw image
 NETWORK = {True: 25e9, False: 1.25e9}  # bytes per second of a GPU (200 Gbit/s), of a CPU worker, between machines
 NETWORK_LATENCY = 1e-5
@@ -96,14 +98,15 @@ def tabulated(
     config: RunConfig,
     delegator: NetworkFacts,
     expert: NetworkFacts,
+    teacher: ForwardFacts | None = None,
     *,
     network: float | None,
     per_node: int | None,
 ) -> Rates:
-    """Rates of a device for the networks of `config`; `network` in bytes per second of one worker between machines."""
+    """Rates of a device for the networks of `config`, counted for images of its data.resolution; `network` in bytes per
+    second of one worker between machines."""
     device = find_device(name)
     experts, k = config.experts.count, config.experts_per_sample
-    raw = config.data.source == "fashion-mnist"
     return Rates(
         source=f"tabulated: {name}",
         device=name,
@@ -122,19 +125,32 @@ def tabulated(
         between=Link(NETWORK_LATENCY, network or default_network(name)),
         copy_bytes_per_second=device.memory_bytes_per_second * COPY,
         small_operation=device.launch,
-        loader_seconds_per_image=RAW_SECONDS if raw else IMAGE_SECONDS,
+        loader_seconds_per_image=loader_seconds(config),
         cores_per_worker=device.cores_per_worker,
         memory_bytes=device.memory_bytes,
         framework_bytes=device.framework_bytes,
         per_node=per_node or device.per_node,
+        teacher=None if teacher is None else _cost(device, teacher.macs, teacher, config),
     )
 
 
 def _training_cost(device: Device, facts: NetworkFacts, config: RunConfig) -> Cost:
+    return _cost(device, facts.training_macs, facts, config)
+
+
+def _cost(device: Device, macs: float, facts: NetworkFacts | ForwardFacts, config: RunConfig) -> Cost:
+    """Of one image: `macs`, and the operations and the traffic of `facts`."""
     threads = config.workers.threads if device.cores_per_worker == 1 else 1
-    computing = 2 * facts.training_macs / (device.flops[config.training.precision] * COMPUTE * threads)
+    computing = 2 * macs / (device.flops[config.training.precision] * COMPUTE * threads)
     moving = facts.traffic_bytes_per_image / (device.memory_bytes_per_second * BANDWIDTH * threads)
     return Cost(0.0, max(computing, moving), floor=facts.operations * device.launch)
+
+
+def loader_seconds(config: RunConfig) -> float:
+    """Of one core for an image of data.resolution; a small one saves little, it is decoded all the same."""
+    if config.data.source == "fashion-mnist":
+        return RAW_SECONDS
+    return IMAGE_SECONDS + PIXEL_SECONDS * config.data.resolution**2 * (1 + config.data.augmentation.operations)
 
 
 def _step_seconds(device: Device, facts: NetworkFacts, config: RunConfig) -> float:

@@ -11,6 +11,7 @@ _EXPLAINED = {
     "loader": "waiting for images (decoding overlaps the rest while cores are free)",
     "delegator": "forward and backward",
     "route": "gather logits and losses, balanced assignment, labels, plan",
+    "teacher": "forward, of each worker's own images",
     "exchange": "images to their experts and losses back",
     "experts": "forward and backward, slowest rank",
     "reduce": "gradients over replicas",
@@ -31,7 +32,9 @@ def show_plan(plan: dict[str, Any]) -> None:
         f"samples per expert {rows['pairs_per_expert']:g}",
         soft_wrap=True,
     )
-    console.print(_parts(plan["step"]))
+    console.print(_parts(plan["step"], mean=len(plan["stages"]) > 1))
+    if len(plan["stages"]) > 1:
+        console.print(_stages(plan["stages"]))
     console.print(_memory(memory))
     console.print(
         f"bytes per step: {_bytes(sent['exchange'])} of images and headers between workers "
@@ -52,12 +55,31 @@ def show_plan(plan: dict[str, Any]) -> None:
         console.print(f"assumed: {line}", soft_wrap=True)
 
 
-def _parts(step: dict[str, Any]) -> Table:
-    table = Table(title=f"One step: {_seconds(step['seconds'])}")
+def _parts(step: dict[str, Any], *, mean: bool) -> Table:
+    table = Table(title=f"One step{', mean over all epochs' if mean else ''}: {_seconds(step['seconds'])}")
     for heading in ("part", "time", "share", "what"):
         table.add_column(heading, justify="right" if heading in ("time", "share") else "left")
     for part, seconds in step["parts"].items():
+        if part == "teacher" and seconds == 0.0:
+            continue  # there is none
         table.add_row(part, _seconds(seconds), f"{seconds / step['seconds']:.0%}", _EXPLAINED[part])
+    return table
+
+
+def _stages(stages: list[dict[str, Any]]) -> Table:
+    table = Table(title="Training images grow")
+    shown = ("loader", "delegator", "teacher", "experts")
+    parts = [name for name in shown if any(stage["parts"][name] for stage in stages)]
+    for heading in ("pixels", "epochs", "a step", *parts, "images/s"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        table.add_row(
+            f"{stage['resolution']}",
+            f"{stage['epochs']}",
+            _seconds(stage["seconds"]),
+            *(_seconds(stage["parts"][name]) for name in parts),
+            f"{stage['images_per_second']:,.0f}",
+        )
     return table
 
 

@@ -39,6 +39,18 @@ class NetworkFacts:
         return 3 * self.macs
 
 
+@dataclass(frozen=True)
+class ForwardFacts:
+    """Counts of a network that only answers, such as a teacher; as NetworkFacts, but of the forward pass alone."""
+
+    name: str
+    macs: int
+    parameters: int
+    buffers: int
+    operations: int
+    traffic_bytes_per_image: float
+
+
 def count_network(name: str, network: nn.Module, *, channels: int, resolution: int, precision: str) -> NetworkFacts:
     """Counts `network` (on the meta device), which takes uint8 images and returns a tensor or a tuple of them.
 
@@ -70,6 +82,28 @@ def count_network(name: str, network: nn.Module, *, channels: int, resolution: i
         batchnorms=sum(isinstance(module, _BatchNorm) for module in network.modules()),
         operations=operations,
         saved_bytes_per_image=(saved[1] - saved[0]) / (_ROWS[1] - _ROWS[0]),
+        traffic_bytes_per_image=(traffic[1] - traffic[0]) / (_ROWS[1] - _ROWS[0]),
+    )
+
+
+def count_forward(name: str, network: nn.Module, *, channels: int, resolution: int, precision: str) -> ForwardFacts:
+    """The same of a forward pass without gradients, in eval mode."""
+    macs = count_macs(network, channels=channels, resolution=resolution)
+    network.to(_WIDTHS[precision]).eval()
+    traffic, operations = [], 0
+    for rows in _ROWS:
+        images = torch.zeros(rows, channels, resolution, resolution, dtype=torch.uint8, device="meta")
+        counter = _Traffic()
+        with torch.no_grad(), counter:
+            network(images)
+        traffic.append(counter.bytes)
+        operations = counter.operations
+    return ForwardFacts(
+        name=name,
+        macs=macs,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        buffers=sum(buffer.numel() for buffer in network.buffers()),
+        operations=operations,
         traffic_bytes_per_image=(traffic[1] - traffic[0]) / (_ROWS[1] - _ROWS[0]),
     )
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from coe_dist.config import RunConfig
-from coe_dist.planner.facts import NetworkFacts
+from coe_dist.planner.facts import ForwardFacts, NetworkFacts
 from coe_dist.planner.layout import Layout
 
 # tensors of the size of a parameter that an optimizer keeps for it
@@ -44,24 +44,39 @@ def optimizer_tensors(config: RunConfig) -> int:
 
 
 def fullest_rank(
-    config: RunConfig, layout: Layout, delegator: NetworkFacts, expert: NetworkFacts, framework: float
+    config: RunConfig,
+    layout: Layout,
+    delegator: NetworkFacts,
+    expert: NetworkFacts,
+    framework: float,
+    teacher: ForwardFacts | None = None,
 ) -> tuple[int, Memory]:
     """The rank that needs most, and what it needs."""
     kinds: dict[tuple[float, ...], int] = {}  # ranks differ in few ways only
     for rank, kind in enumerate(zip(layout.images, layout.hosted, layout.rows_of_expert, strict=True)):
         kinds.setdefault(tuple(kind), rank)
-    all_kinds = [(rank, of_rank(config, layout, rank, delegator, expert, framework)) for rank in kinds.values()]
+    all_kinds = [
+        (rank, of_rank(config, layout, rank, delegator, expert, framework, teacher)) for rank in kinds.values()
+    ]
     return max(all_kinds, key=lambda pair: pair[1].total)
 
 
 def of_rank(
-    config: RunConfig, layout: Layout, rank: int, delegator: NetworkFacts, expert: NetworkFacts, framework: float
+    config: RunConfig,
+    layout: Layout,
+    rank: int,
+    delegator: NetworkFacts,
+    expert: NetworkFacts,
+    framework: float,
+    teacher: ForwardFacts | None = None,
 ) -> Memory:
     """See the module. An expert's replicas all hold it whole; ZeRO partitions over its replicas, over all ranks for
-    the delegator."""
+    the delegator. Of a teacher only the weights count: its activations are gone before the experts' come."""
     training, element = config.training, _ELEMENT[config.training.precision]
     replicas = layout.placement.replicas(layout.placement.experts_of_rank[rank][0])
     weights = gradients = optimizer = averages = 0.0
+    if teacher is not None:
+        weights = float(teacher.parameters * element + teacher.buffers * 4)
     for facts, count, ranks in ((delegator, 1, layout.world), (expert, int(layout.hosted[rank]), replicas)):
         size = count * facts.parameters * element
         weights += size + count * facts.buffers * 4

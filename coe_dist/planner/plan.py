@@ -22,9 +22,11 @@ def check_world(gpus: int) -> int:
 
 
 def make_plan(run: Run, gpus: int) -> dict[str, Any]:
-    """See the module; times in seconds, sizes in bytes. Raises InputError for a number of workers out of range."""
+    """See the module; times in seconds, sizes in bytes. Where training images grow, "step" is the mean over all epochs
+    and "stages" has each size of image; memory and bytes are those of the largest images. Raises InputError for a
+    number of workers out of range."""
     layout, step, rates = run.layout(check_world(gpus)), run.step(gpus), run.rates
-    rank, memory = fullest_rank(run.config, layout, run.delegator, run.expert, rates.framework_bytes)
+    rank, memory = fullest_rank(run.config, layout, run.delegator, run.expert, rates.framework_bytes, run.teacher)
     epochs = _epochs(run, gpus)
     hours = (epochs["train_seconds"] + epochs["evaluation_seconds"]) / 3600
     fits = memory.total <= rates.memory_bytes
@@ -33,7 +35,7 @@ def make_plan(run: Run, gpus: int) -> dict[str, Any]:
         "gpus": gpus,
         "gpu": rates.device,
         "nodes": layout.nodes,
-        "networks": {facts.name: asdict(facts) for facts in (run.delegator, run.expert)},
+        "networks": {facts.name: asdict(facts) for facts in (run.delegator, run.expert, run.teacher) if facts},
         "placement": {
             "experts_per_rank": [int(layout.hosted.min()), int(layout.hosted.max())],
             "replicas_per_expert": [
@@ -57,6 +59,7 @@ def make_plan(run: Run, gpus: int) -> dict[str, Any]:
         },
         "bytes_per_step": _bytes(run, layout),
         "step": {"seconds": step.seconds, "parts": step.parts},
+        "stages": _stages(run, gpus),
         "images_per_second": run.images_per_second(gpus),
         **epochs,
         "hours": hours,
@@ -66,6 +69,21 @@ def make_plan(run: Run, gpus: int) -> dict[str, Any]:
         "scaling": scaling(run, gpus),
         "rates": asdict(rates),
     }
+
+
+def _stages(run: Run, gpus: int) -> list[dict[str, Any]]:
+    """Epochs with training images of one size."""
+    steps = {side: run.step_at(gpus, side) for side in run.stages}
+    return [
+        {
+            "resolution": side,
+            "epochs": run.stages[side],
+            "seconds": step.seconds,  # of a step
+            "parts": step.parts,
+            "images_per_second": run.config.training.global_batch / step.seconds,
+        }
+        for side, step in steps.items()
+    ]
 
 
 def _epochs(run: Run, gpus: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,14 @@ class Cost:
 
     def seconds(self, rows: float) -> float:
         return max(self.floor, self.fixed + self.each * rows)
+
+    def towards(self, other: Cost, share: float) -> Cost:
+        """On the straight line from this cost (share 0) to the other (share 1)."""
+        return Cost(*(a + share * (b - a) for a, b in zip(_fields(self), _fields(other), strict=True)))
+
+
+def _fields(cost: Cost) -> tuple[float, float, float]:
+    return cost.fixed, cost.each, cost.floor
 
 
 @dataclass(frozen=True)
@@ -69,3 +77,16 @@ class Rates:
     memory_bytes: float  # of one worker
     framework_bytes: float  # that a worker takes without any network
     per_node: int  # workers on a machine
+    teacher: Cost | None = None  # its forward pass; none without distillation
+
+    def towards(self, other: Rates, share: float) -> Rates:
+        """What the size of the images changes, on the straight line to the other rates; all else is this one's."""
+        teacher = self.teacher
+        return replace(
+            self,
+            delegator=self.delegator.towards(other.delegator, share),
+            expert=self.expert.towards(other.expert, share),
+            teacher=teacher.towards(other.teacher, share) if teacher and other.teacher else teacher,
+            loader_seconds_per_image=self.loader_seconds_per_image
+            + share * (other.loader_seconds_per_image - self.loader_seconds_per_image),
+        )

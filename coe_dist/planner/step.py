@@ -8,6 +8,7 @@ the experts run backward; only the start of that transfer is counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coe_dist.config import RunConfig
@@ -15,7 +16,7 @@ from coe_dist.planner.facts import NetworkFacts
 from coe_dist.planner.layout import Layout, all_gather_bytes, all_reduce_bytes
 from coe_dist.planner.rates import Link, Rates, collective_rounds
 
-PARTS = ("loader", "delegator", "route", "exchange", "experts", "reduce", "optimizer")
+PARTS = ("loader", "delegator", "route", "teacher", "exchange", "experts", "reduce", "optimizer")
 PEER_OPERATIONS = 20  # small operations of dispatch() and combine() for each other rank
 EXPERT_OPERATIONS = 8  # and for each hosted expert
 _ELEMENT = {"fp32": 4, "bf16": 4, "fp64": 8}
@@ -51,12 +52,23 @@ def predict_step(
     work = {
         "delegator": repeats * rates.delegator.seconds(float(layout.images.max())),
         "route": repeats * _route(config, layout, rates),
+        "teacher": repeats * rates.teacher.seconds(float(layout.images.max())) if rates.teacher else 0.0,
         "exchange": repeats * _exchange(layout, rates),
         "experts": repeats * max(computing),
         "reduce": _reduce(config, layout, rates, delegator, expert),
         "optimizer": rates.delegator_step + float(layout.hosted.max()) * rates.expert_step,
     }
     return _with_loader(config, layout, rates, work, computing.index(max(computing)))
+
+
+def mean_step(steps: Sequence[tuple[StepTime, int]]) -> StepTime:
+    """The mean of steps, each as often as the number beside it says. It waits for the loader where most of its time
+    goes by in steps that do."""
+    count = sum(times for _, times in steps)
+    parts = {name: sum(step.parts[name] * times for step, times in steps) / count for name in PARTS}
+    waiting = sum(step.seconds * times for step, times in steps if step.waits_for_loader)
+    slowest, _ = max(steps, key=lambda pair: pair[0].seconds * pair[1])
+    return StepTime(parts, slowest.slowest_rank, waits_for_loader=2 * waiting > count * sum(parts.values()))
 
 
 def _with_loader(

@@ -48,7 +48,8 @@ class SingleStep:
                     logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing
                 )
                 if self.teacher is not None:
-                    per_image = self.teacher.mixed(per_image, logits, self.teacher.hints(batch.images))
+                    distilled = self.teacher.losses(logits, self.teacher.hints(batch.images))
+                    per_image = self.teacher.mixed(per_image, distilled)
                 total = per_image.sum()
                 loss = total * (self.world.size / (samples * len(batches)))
                 sums.add("expert_loss", total.detach())

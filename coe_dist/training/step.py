@@ -33,7 +33,8 @@ class StepSums:
     """Sums over this rank's rows since the last report; additive over ranks and steps.
 
     `values` stay on the device until they are read, so that a step never waits for the GPU because of them:
-    delegator_loss, selection_loss, delegator_correct over images; expert_loss (weighted) over (sample, expert) pairs.
+    delegator_loss, selection_loss, delegator_correct over images; expert_loss and, of it, distillation_loss (weighted)
+    over (sample, expert) pairs.
     """
 
     images: int = 0
@@ -181,7 +182,9 @@ class CollaborationStep:
             if self.label_smoothing > 0:
                 learned = F.cross_entropy(logits, rows.labels, reduction="none", label_smoothing=self.label_smoothing)
             if self.teacher is not None and rows.hints is not None:
-                learned = self.teacher.mixed(learned, logits, rows.hints)
+                distilled = self.teacher.losses(logits, rows.hints)
+                sums.add("distillation_loss", (distilled.detach() * rows.weights.to(distilled.dtype)).sum())
+                learned = self.teacher.mixed(learned, distilled)
             weighted = (learned * rows.weights.to(learned.dtype)).sum()
             sums.add("expert_loss", weighted.detach())
             backward[expert] = weighted * (engine.group.size / divisor)
@@ -204,7 +207,7 @@ class CollaborationStep:
         logits = wide(class_logits_BC)
         per_image = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing)
         if self.teacher is not None and self.teacher.delegator and hints_BX is not None:
-            per_image = self.teacher.mixed(per_image, logits, hints_BX)
+            per_image = self.teacher.mixed(per_image, self.teacher.losses(logits, hints_BX))
         classes = per_image.sum()
         per_row = modules.selection_losses(wide(selection_BE), routing.experts_Bk, labels_Bk, rule=self.label_rule)
         selection = (per_row * variance_B).sum() * (0.0 if self.frozen_selection else 1.0)

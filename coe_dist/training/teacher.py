@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from coe_dist.coe.distillation import BYTES_PER_LOGIT, MOST_CLASSES, distillation_losses, pack_hints
 from coe_dist.errors import InputError
 from coe_dist.training.engines import autocast, wide
 
 if TYPE_CHECKING:
+    from coe_dist.coe.teachers import TeacherNetwork
     from coe_dist.config import RunConfig
     from coe_dist.data.sidecar import SplitInfo
 
@@ -22,7 +22,7 @@ class Teacher:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: TeacherNetwork,
         *,
         top: int,
         temperature: float,
@@ -34,6 +34,10 @@ class Teacher:
         self.network = network.eval().requires_grad_(False)
         self.top, self.temperature, self.weight, self.delegator = top, temperature, weight, delegator
         self.precision = precision
+
+    def to(self, device: torch.device) -> Teacher:
+        self.network.to(device=device, dtype=torch.float64 if self.precision == "fp64" else None)
+        return self
 
     @property
     def bytes_per_image(self) -> int:
@@ -48,24 +52,22 @@ class Teacher:
             logits = self.network(images_BCHW)
         return pack_hints(wide(logits), self.top)
 
-    def mixed(self, losses_P: torch.Tensor, logits_PC: torch.Tensor, hints_PX: torch.Tensor) -> torch.Tensor:
+    def losses(self, logits_PC: torch.Tensor, hints_PX: torch.Tensor) -> torch.Tensor:
+        """Of a student with these logits, per row."""
+        return distillation_losses(logits_PC, hints_PX, self.temperature)
+
+    def mixed(self, losses_P: torch.Tensor, distilled_P: torch.Tensor) -> torch.Tensor:
         """(1 - weight) * losses + weight * distillation, per row."""
-        distilled = distillation_losses(logits_PC, hints_PX, self.temperature)
-        return (1.0 - self.weight) * losses_P + self.weight * distilled
+        return (1.0 - self.weight) * losses_P + self.weight * distilled_P
 
 
-def configured_teacher(config: RunConfig, info: SplitInfo, device: torch.device) -> Teacher | None:
-    """The teacher that the configuration asks for, with its weights, on `device`; None where it asks for none.
-
-    Raises InputError naming the field when there is no such network, or its file is missing or does not fit.
-    """
+def unlearned_teacher(config: RunConfig, info: SplitInfo) -> Teacher:
+    """The teacher that the configuration, which has a section for it, asks for, with random weights. Raises InputError
+    naming the field when there is no such network."""
     from coe_dist.coe.teachers import build_teacher
-    from coe_dist.training.weights_file import check_fit, read_weights
 
-    section = config.distillation
-    if section is None:
-        return None
-    classes = len(info.classes)
+    section, classes = config.distillation, len(info.classes)
+    assert section is not None
     if classes > MOST_CLASSES:
         raise InputError(f"distillation: {classes} classes are not allowed; hints name at most {MOST_CLASSES}")
     try:
@@ -79,11 +81,6 @@ def configured_teacher(config: RunConfig, info: SplitInfo, device: torch.device)
         )
     except ValueError as error:
         raise InputError(f"distillation.{error}") from error
-    path, own = Path(section.weights), network.network.state_dict()
-    weights = read_weights("distillation.weights", path)
-    check_fit("distillation.weights", path, weights, own, own)
-    network.network.load_state_dict(weights)
-    network.to(device=device, dtype=torch.float64 if config.training.precision == "fp64" else None)
     return Teacher(
         network,
         top=min(section.top, classes),
@@ -92,3 +89,20 @@ def configured_teacher(config: RunConfig, info: SplitInfo, device: torch.device)
         delegator=section.delegator,
         precision=config.training.precision,
     )
+
+
+def configured_teacher(config: RunConfig, info: SplitInfo, device: torch.device) -> Teacher | None:
+    """The teacher that the configuration asks for, with its weights, on `device`; None where it asks for none.
+
+    Raises InputError naming the field when there is no such network, or its file is missing or does not fit.
+    """
+    from coe_dist.training.weights_file import check_fit, read_weights
+
+    if config.distillation is None:
+        return None
+    teacher = unlearned_teacher(config, info)
+    path, network = Path(config.distillation.weights), teacher.network.network
+    weights, own = read_weights("distillation.weights", path), network.state_dict()
+    check_fit("distillation.weights", path, weights, own, own)
+    network.load_state_dict(weights)
+    return teacher.to(device)

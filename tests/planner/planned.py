@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coe_dist.bench.planning import data_of, facts_of
+from coe_dist.bench.planning import data_of, run_of
 from coe_dist.config import RunConfig, parse_config
 from coe_dist.planner.devices import tabulated
 from coe_dist.planner.run import Run
@@ -29,6 +29,9 @@ def config_of(**sections: Any) -> RunConfig:
 def planned(gpu: str = "a100", *, network: float | None = None, per_node: int | None = None, **sections: Any) -> Run:
     config = config_of(**sections)
     info, validation, _ = data_of(config)
-    delegator, expert = facts_of(config, info)
-    rates = tabulated(gpu, config, delegator, expert, network=network, per_node=per_node)
-    return Run(config, delegator, expert, info.channels, info.count, validation, rates)
+    return run_of(
+        config,
+        info,
+        validation,
+        lambda settings, counted: tabulated(gpu, settings, *counted, network=network, per_node=per_node),
+    )

@@ -26,7 +26,7 @@ NETWORK = "test_efficientnet"
 def test_a_teacher_looks_once_at_each_image_and_experts_send_back_plain_losses() -> None:
     """Every image goes to two experts; what they report must not depend on the teacher."""
     case = Case(1, 3, 2, distilled=0.9, precision="fp64", batchnorm="group")
-    reported, rows = [], []
+    reported, rows, values = [], [], []
     for distilled in (0.9, 0.0):
         step = build_step(Case(**{**vars(case), "distilled": distilled}), create_groups(3, timeout_seconds=60), None)
         if step.teacher is not None:
@@ -40,6 +40,11 @@ def test_a_teacher_looks_once_at_each_image_and_experts_send_back_plain_losses()
         step.router.start_labels = keep  # type: ignore[method-assign]
         sums = StepSums()
         assert step.step([MicroBatch(*batch_of(case, 0, 0))], sums)
+        values.append(sums.values)
+    taught, plain = values
+    assert "distillation_loss" not in plain
+    mixed = 0.1 * plain["expert_loss"] + 0.9 * taught["distillation_loss"]
+    assert taught["expert_loss"].item() == pytest.approx(mixed.item(), rel=1e-9)
     assert rows == [case.samples]
     assert torch.equal(*reported)
 
