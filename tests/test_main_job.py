@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from namespaces import clean_environment, in_private_network, private_network_command
 
 from coe_dist.data.beton import write_dataset
+from coe_dist.data.sidecar import read_sidecar
 from coe_dist.tracking.store import connect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,12 +39,17 @@ def statuses(runs: Path) -> dict[str, str]:
     return {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
 
 
-def artifacts(runs: Path, name: str) -> set[str]:
+def mlflow_run(runs: Path, name: str) -> Any:
     client = connect(f"sqlite:///{runs / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (run,) = client.search_runs(experiments, f"attributes.run_name = '{name}'")
+    return run
+
+
+def artifacts(runs: Path, name: str) -> set[str]:
+    run = mlflow_run(runs, name)
     assert Path(run.data.tags["checkpoints"], "latest").is_file()
-    return {item.path for item in client.list_artifacts(run.info.run_id)}
+    return {item.path for item in connect(f"sqlite:///{runs / 'mlflow.db'}").list_artifacts(run.info.run_id)}
 
 
 def environment() -> dict[str, str]:
@@ -70,7 +77,20 @@ def test_demo_trains_three_systems_and_compares_them(place: Path) -> None:
     for text in ("collaboration of experts", "one expert network alone", "report.html"):
         assert text in done.stdout
     assert f"{100 * summary['coe']['top1']:.1f}" in (run / "report.html").read_text()
-    assert artifacts(place / "runs", "demo") >= {"config.yaml", "evaluation-test.json", "summary.json", "report.html"}
+    written = {"config.yaml", "evaluation-test.json", "images-test.npz", "summary.json", "report.html", "model-card.md"}
+    assert artifacts(place / "runs", "demo") >= written
+    for name in ("demo", "demo-single"):
+        record = mlflow_run(place / "runs", name)
+        assert set(record.data.tags) >= {"host", "world_size", "kind"}
+        used = {entry.tags[0].value: entry.dataset for entry in record.inputs.dataset_inputs}
+        assert set(used) == {"training", "validation", "test"}
+        info = read_sidecar(place / "data/fashion-mnist/test.beton")
+        assert used["test"].digest == info.sha256[:16]
+        assert json.loads(used["test"].profile)["num_rows"] == 600
+        groups = {metric.split("/")[0] for metric in record.data.metrics}
+        assert groups == {"train", "val", "system", "checkpoint", *({"expert"} if name == "demo" else ())}
+    card = (run / "model-card.md").read_text()
+    assert f"| collaboration | {100 * summary['coe']['top1']:.1f} |" in card
     assert statuses(place / "runs") == {name: "FINISHED" for name in ("demo", "demo-single", "demo-single-same-macs")}
 
 

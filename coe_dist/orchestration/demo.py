@@ -24,7 +24,7 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     Returns the summary: {coe, single, single_same_macs, seconds, seed, expert_samples_per_image}.
     """
     from coe_dist.coe.backbones import classifier_with_macs
-    from coe_dist.report.build import write_report
+    from coe_dist.orchestration.reporting import report
     from coe_dist.training.checks import check_run
 
     if config.experts.network != "small_cnn":
@@ -78,6 +78,6 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
         },
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
-    report = write_report([run_dir])
-    tracking.log_artifacts(load_run_config(run_dir), tracking.run_id_of(run_dir), [run_dir / "summary.json", report])
+    report([run_dir])
+    tracking.log_artifacts(load_run_config(run_dir), tracking.run_id_of(run_dir), [run_dir / "summary.json"])
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -133,9 +134,14 @@ def _evaluation(state: ProgressState) -> str:
 
 
 def _loads(loads: list[float]) -> str:
-    """One bar an expert, as high as its share of the largest, then the extremes."""
+    """One bar an expert, then the extremes."""
     largest = max(loads, default=0.0)
     if not largest > 0:
         return ""
-    bars = "".join(_EIGHTHS[max(1, round(8 * load / largest))] if load > 0 else _EIGHTHS[0] for load in loads)
-    return f"expert loads |{bars}| {percent(min(loads))} to {percent(largest)}"
+    return f"expert loads |{bars(loads)}| {percent(min(loads))} to {percent(largest)}"
+
+
+def bars(values: Sequence[float]) -> str:
+    """One bar a value, as high as its share of the largest."""
+    largest = max(values, default=0.0)
+    return "".join(_EIGHTHS[max(1, round(8 * value / largest))] if value > 0 else _EIGHTHS[0] for value in values)

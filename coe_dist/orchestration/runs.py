@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +12,9 @@ from coe_dist.errors import InputError, Preempted, TrainingError
 from coe_dist.orchestration.progress import ProgressDisplay
 from coe_dist.orchestration.ray_session import RaySession, session_for
 from coe_dist.orchestration.ray_train import run_under_ray
-from coe_dist.orchestration.resources import usable_cores, usable_gpus
 from coe_dist.orchestration.revision import git_revision
 from coe_dist.orchestration.shares import check_workers
+from coe_dist.resources import usable_cores, usable_gpus
 from coe_dist.training.run_folder import (
     check_folder,
     check_network,
@@ -34,7 +33,7 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
     configuration, the data or the machine do not allow the run, and Preempted when SIGTERM made the workers save and
     end; then there is no report.
     """
-    from coe_dist.report.build import write_report
+    from coe_dist.orchestration.reporting import report
     from coe_dist.training.checkpoint import check_newest
     from coe_dist.training.checks import check_run
 
@@ -46,7 +45,7 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
         check_newest(config.run_dir / "checkpoints", experts=config.experts.count, classes=classes)
     with session_for(config, address) as session:
         run_dir = train_in(session, config, overwrite=overwrite)
-    tracking.log_artifacts(config, tracking.run_id_of(run_dir), [write_report([run_dir])])
+    report([run_dir])
     return run_dir
 
 
@@ -74,16 +73,15 @@ def train_in(
 def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig | None, overwrite: bool) -> Path:
     from coe_dist.orchestration.router_actor import run_worker_with_actor
     from coe_dist.training.job import Job
+    from coe_dist.training.recorded import data_used, run_tags
 
     run_dir = prepare_folder(config, overwrite=overwrite)
     if network is not None:
         check_network(run_dir, network)
     tags = {
-        "kind": "baseline" if network else "collaboration",
-        "host": platform.node(),
+        **run_tags(config, baseline=network is not None, revision=git_revision() or ""),
         "checkpoints": str((run_dir / "checkpoints").absolute()),
         "preempted": "false",
-        **({"git_revision": revision} if (revision := git_revision()) else {}),
     }
     run_id = tracking.start_run(
         config,
@@ -92,6 +90,7 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
         params=network.model_dump() if network else None,
         run_id=tracking.run_id_of(run_dir),
     )
+    tracking.log_datasets(config, run_id, data_used(config))
     job = Job(
         task="baseline" if network else "train",
         config=config,
@@ -126,6 +125,7 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
                 run_dir / "config.yaml",
                 *sorted(run_dir.glob("evaluation-*.json")),
                 *sorted(run_dir.glob("details-*.json")),
+                *sorted(run_dir.glob("images-*.npz")),
             ],
         )
         tracking.finish_run(config, run_id, status)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 
 class FileTail:
-    """Gives the complete lines that were appended since the tail was made.
+    """Gives the complete lines that were appended since the tail was made, or with `from_start` all that are there.
 
     The file may not exist yet; a line without its newline waits until the rest is there; a file that became shorter was
     written anew and is read from its start.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self._path = path
         self._pending = b""
-        self._position = self._size()
+        self._position = 0 if from_start else self._size()
 
     def new_lines(self) -> list[str]:
         size = self._size()

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from coe_dist.errors import InputError
 from coe_dist.tracking import read_metrics
+from coe_dist.tracking.per_image import PerImage, images_file
 
 
 def _number_or_none(value: Any) -> Any:
@@ -60,6 +61,24 @@ class Evaluation(BaseModel):
     curve: list[CurvePoint] = Field(default_factory=list)
     macs: Macs
     expert_accuracy: list[Number] = Field(default_factory=list)
+    ece: dict[str, Number] = Field(default_factory=dict)
+
+    @property
+    def exits(self) -> bool:
+        """Whether any image may exit early (a probability is at most 1)."""
+        return self.threshold is not None and self.threshold <= 1
+
+    @property
+    def points(self) -> list[CurvePoint]:
+        """The curve by rising average MACs, with the evaluation's own point in it."""
+        own = CurvePoint(
+            threshold=self.threshold if self.exits else None,
+            exit_rate=self.exit_rate,
+            average_macs=self.average_macs,
+            top1=self.top1.coe,
+        )
+        others = [p for p in self.curve if p.threshold != self.threshold and (self.exits or p.exit_rate > 0)]
+        return sorted([*others, own], key=lambda p: (p.average_macs, -1 if p is own else p.threshold or 0))
 
 
 class Details(BaseModel):
@@ -72,6 +91,7 @@ class Details(BaseModel):
 
 
 class System(BaseModel):
+    split: str = "test"
     top1: float
     macs: Number = None
     average_macs: Number = None
@@ -101,7 +121,14 @@ class Run:
     details: Details | None
     summary: Summary | None
     config: str
+    single: System | None = None  # the figures of a run that trained one network alone
+    rows: PerImage | None = None  # of the split that `evaluation` is about
+    validation: PerImage | None = None
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def baseline(self) -> bool:
+        return self.single is not None or self.start.get("task") == "baseline"
 
     def last(self, name: str) -> float | None:
         """The newest finite value of a metric."""
@@ -118,14 +145,18 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
     problems: list[str] = []
-    evaluation = _read(folder, "evaluation-test.json", Evaluation, problems) or _read(
-        folder, "evaluation-validation.json", Evaluation, problems
-    )
+    single = _single(folder)
+    evaluation = None
+    if single is None:
+        evaluation = _read(folder, "evaluation-test.json", Evaluation, problems) or _read(
+            folder, "evaluation-validation.json", Evaluation, problems
+        )
     split = evaluation.split if evaluation else "test"
     details = _read(folder, f"details-{split}.json", Details, problems)
     if details and not _consistent(details):
         problems.append(f"details-{split}.json is left out: its tables differ in size")
         details = None
+    rows = {name: _per_image(folder, name, details, evaluation, problems) for name in (split, "validation")}
     start: dict[str, Any] = {}
     end: dict[str, Any] = {}
     series: dict[str, dict[int, float]] = {}
@@ -139,12 +170,46 @@ def read_run(folder: str | Path) -> Run:
             for name, value in metrics.items():
                 series.setdefault(name, {})[step] = value
     summary = _read(folder, "summary.json", Summary, problems)
-    if not (series or start or evaluation or summary or problems):
+    if not (series or start or evaluation or single or summary or problems):
         raise InputError(f"{folder}: not a run folder; it holds neither metrics.jsonl nor an evaluation-*.json")
     config = folder / "config.yaml"
     text = config.read_text(errors="replace") if config.is_file() else ""
     name = folder.resolve().name
-    return Run(folder, name, start, end, series, evaluation, details, summary, text, problems)
+    return Run(
+        folder, name, start, end, series, evaluation, details, summary, text,
+        single=single, rows=rows[split], validation=rows["validation"], problems=problems,
+    )  # fmt: skip
+
+
+def _single(folder: Path) -> System | None:
+    """The figures of a single network's run, whose top1 is one number."""
+    for split in ("test", "validation"):
+        try:
+            return System.model_validate(json.loads((folder / f"evaluation-{split}.json").read_bytes()))
+        except (OSError, ValueError):  # also pydantic's
+            continue
+    return None
+
+
+def _per_image(
+    folder: Path, split: str, details: Details | None, evaluation: Evaluation | None, problems: list[str]
+) -> PerImage | None:
+    path = folder / images_file(split)
+    if not path.is_file() or evaluation is None:
+        return None
+    try:
+        rows = PerImage.read(path)
+        if rows.right_NE.shape[1] != len(evaluation.load):
+            raise ValueError("it has another number of experts than the evaluation")
+        if split == evaluation.split and len(rows) != evaluation.images:
+            raise ValueError("it has another number of images than the evaluation")
+        classes = [column.max() for column in (rows.labels_N, rows.final_class_N, rows.delegator_class_N) if len(rows)]
+        if details is not None and max(classes, default=0) >= len(details.classes):
+            raise ValueError("it names classes that the data set does not have")
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} is left out: {error}")
+        return None
+    return rows
 
 
 def _read(folder: Path, name: str, model: type[Model], problems: list[str]) -> Model | None:

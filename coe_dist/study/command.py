@@ -11,9 +11,9 @@ from typing import Any
 from coe_dist.config import RunConfig
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError, Preempted, TrainingError
-from coe_dist.orchestration.resources import usable_cores
 from coe_dist.orchestration.revision import git_revision
 from coe_dist.orchestration.signals import Terminated, deferred, own_signals
+from coe_dist.resources import usable_cores
 from coe_dist.study import verify as verifying
 from coe_dist.study.comparison import summarised
 from coe_dist.study.cost import calibration, counted_seconds, makespan

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from coe_dist.report.plots import SETTINGS
+from coe_dist.report.figure import SETTINGS
 
 _COLOURS = ["#1f6fb2", "#c4541c", "#3a8f4d", "#8a4fa3", "#a8890c", "#5b6770"]
 _MARKERS = ["o", "s", "^", "D", "v", "P"]

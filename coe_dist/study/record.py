@@ -5,12 +5,14 @@ The driver alone talks to MLflow, after a training, so that the training process
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from coe_dist import tracking
 from coe_dist.config import RunConfig
 from coe_dist.study.results import Row
 from coe_dist.study.trainings import Training
+from coe_dist.training.recorded import data_used, run_tags
 from coe_dist.training.run_folder import evaluation_file
 
 PARENT = "mlflow.parentRunId"  # MLflow's own name for the tag by which its page nests runs
@@ -24,28 +26,29 @@ class StudyRecord:
         self.run_id = tracking.start_run(
             config,
             run_name=study,
-            tags={"kind": "study", "git_revision": revision},
+            tags={"kind": "study", "host": platform.node(), "git_revision": revision},
             run_id=tracking.run_id_of(config.run_dir),
         )
 
     def begin(self, training: Training, reopened: str | None) -> str | None:
         """The training's run, or the one to reopen, of the same training that was cut short; its id."""
         tags = {
-            "kind": "baseline" if training.network else "collaboration",
+            **run_tags(training.config, baseline=training.network is not None, revision=self.revision),
             "study": self.study,
             "curve": training.curve,
             "point": training.point,
             "config_digest": training.digest,
-            "git_revision": self.revision,
             **({PARENT: self.run_id} if self.run_id else {}),
         }
-        return tracking.start_run(
+        run_id = tracking.start_run(
             training.config,
             run_name=f"{training.label} seed {training.seed}",
             tags=tags,
             params=training.network.model_dump() if training.network else None,
             run_id=reopened,
         )
+        tracking.log_datasets(training.config, run_id, data_used(training.config))
+        return run_id
 
     def finish(self, training: Training, row: Row | None) -> None:
         """Sends what the training left in metrics.jsonl, the row's figures and the evaluations."""

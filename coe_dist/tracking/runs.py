@@ -72,11 +72,15 @@ def finish_run(config: RunConfig, run_id: str | None, status: Status) -> None:
 
 
 def log_artifacts(config: RunConfig, run_id: str | None, paths: Iterable[Path]) -> None:
-    """Copies files and folders to the run's artifacts; missing ones are passed over. Never raises."""
+    """Copies files and folders to the run's artifacts; missing ones are passed over, and so is a store that is gone
+    (a run folder that was moved to another machine). Never raises."""
     if run_id is None or not config.tracking.enabled:
         return
     try:
-        client = connect(uri_of_run(config.run_dir, config))
+        uri = uri_of_run(config.run_dir, config)
+        if uri.startswith("sqlite:////") and not Path(uri.removeprefix("sqlite:///")).is_file():
+            raise FileNotFoundError(f"{redact(uri)} is not there")
+        client = connect(uri)
         for path in map(Path, paths):
             if path.is_dir():
                 client.log_artifacts(run_id, str(path), path.name)

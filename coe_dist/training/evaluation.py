@@ -18,6 +18,7 @@ from coe_dist.coe.calibration import ece
 from coe_dist.errors import InputError, TrainingError
 from coe_dist.parallel.exchange import combine, dispatch, plan_exchange
 from coe_dist.parallel.groups import Groups
+from coe_dist.tracking.per_image import PerImage
 from coe_dist.training.ema import WeightAverage, average_both
 from coe_dist.training.engines import NetworkEngine, autocast, wide
 from coe_dist.training.step import MicroBatch
@@ -35,6 +36,23 @@ class Records:
     experts_NE: torch.Tensor  # bool: expert j is right
     final_N: torch.Tensor  # bool: the answer is right when the image does not exit early
     final_confidence_N: torch.Tensor  # the largest probability of that answer
+    delegator_class_N: torch.Tensor  # int64: the class that the delegator answers
+    final_class_N: torch.Tensor  # int64: the class answered when the image does not exit early
+    selection_confidence_N: torch.Tensor  # softmax probability of the selected expert among the selection logits
+
+    def per_image(self) -> PerImage:
+        """What images-<split>.npz keeps of them."""
+        return PerImage(
+            ids_N=self.ids_N.numpy(),
+            labels_N=self.labels_N.int().numpy(),
+            delegator_class_N=self.delegator_class_N.int().numpy(),
+            confidence_N=self.confidence_N.double().numpy(),
+            selected_N=self.selected_N.int().numpy(),
+            selection_confidence_N=self.selection_confidence_N.float().numpy(),
+            final_class_N=self.final_class_N.int().numpy(),
+            final_confidence_N=self.final_confidence_N.float().numpy(),
+            right_NE=self.experts_NE.numpy(),
+        )
 
 
 class Evaluator:
@@ -82,20 +100,24 @@ class Evaluator:
         if not bool((finite := torch.isfinite(table[:, 6])).all()):
             expert = int(table[~finite][0, 4])
             raise TrainingError(f"the class logits of expert {expert} are not finite (NaN or infinity)")
+        labels, rough, answer = (table[:, column].long() for column in (1, 3, 5))
         return Records(
             ids,
-            table[:, 1].long(),
+            labels,
             table[:, 2],
-            table[:, 3].bool(),
+            rough == labels,
             table[:, 4].long(),
-            table[:, 7:].bool(),
-            table[:, 5].bool(),
+            table[:, 8:].bool(),
+            answer == labels,
             table[:, 6],
+            rough,
+            answer,
+            table[:, 7],
         )
 
     def _batch(self, batch: MicroBatch) -> torch.Tensor:
-        """Float64 rows [B, 7+E]: id, label, confidence, delegator right, selected, final right, final confidence, each
-        expert right."""
+        """Float64 rows [B, 8+E]: id, label, confidence, delegator's class, selected, final class, final confidence,
+        selection confidence, each expert right."""
         experts, device = self.groups.placement.experts, batch.images.device
         rows = len(batch.labels)
         sizes = self._sizes(rows, device)
@@ -109,7 +131,7 @@ class Evaluator:
         }
         expert_logits_BEC = combine(plan, answers, self.groups.world)()
         if rows == 0:
-            return torch.zeros(0, 7 + experts, dtype=torch.float64, device=device)
+            return torch.zeros(0, 8 + experts, dtype=torch.float64, device=device)
         with autocast(self.precision, device):
             logits_BC, selection_BE = self._network(self.delegator)(batch.images)
         logits_BC, selected_B = wide(logits_BC), selection_BE.argmax(1)
@@ -120,10 +142,11 @@ class Evaluator:
             batch.ids,
             batch.labels,
             early_exit.confidence(logits_BC),
-            logits_BC.argmax(1) == batch.labels,
+            logits_BC.argmax(1),
             selected_B,
-            probabilities.argmax(1) == batch.labels,
+            probabilities.argmax(1),
             probabilities.amax(1),
+            early_exit.confidence(selection_BE),
         ]
         right_BE = expert_logits_BEC.argmax(2) == batch.labels[:, None]
         return torch.cat([torch.stack([column.double() for column in columns], 1), right_BE.double()], 1)

@@ -13,6 +13,7 @@ import torch
 from coe_dist.config import RunConfig
 from coe_dist.data.batches import SplitReader
 from coe_dist.data.loaders import open_loader
+from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import TrainingError
 from coe_dist.parallel.groups import Groups
 from coe_dist.parallel.router import NonFiniteError
@@ -22,6 +23,7 @@ from coe_dist.training.checkpoint import Position, save_name
 from coe_dist.training.job import Job
 from coe_dist.training.optim import learning_rate_factor
 from coe_dist.training.pwlu_phases import PwluPhases
+from coe_dist.training.recorded import system_metrics
 from coe_dist.training.saving import PendingSave, mark_best
 from coe_dist.training.saving import start as start_save
 from coe_dist.training.step import MicroBatch, StepSums
@@ -106,6 +108,8 @@ class Loop:
         self.total_steps = self.steps_per_epoch * config.training.epochs
         self.warmup_steps = round(self.steps_per_epoch * config.training.optimizer.warmup_epochs)
         self.pwlu = PwluPhases(task.engines(), task.averages, config.training.pwlu_statistics_epochs)
+        validation = read_sidecar(Path(config.data.folder) / "validation.beton")
+        self.preparation = validation.preparation(config.data.resolution)
         self.stop = StopRequest(Path(job.run_dir))
         self.pending: PendingSave | None = None
         self.stalled = 0.0  # seconds that training has waited for the pending save
@@ -249,6 +253,7 @@ class Loop:
         metrics = self.task.metrics(sums)
         metrics["train/learning_rate"] = factor * self.config.training.optimizer.learning_rate
         metrics["train/images_per_second"] = float(self.groups.world.all_reduce_sum(images)) / max(1e-9, now - since)
+        metrics |= system_metrics(self.data.device)
         if self.config.data.progressive is not None:
             metrics["train/resolution"] = self.data.loader("train").side_of(epoch)
         self._record("train", step, epoch, metrics)
@@ -270,6 +275,7 @@ class Loop:
                 "config": self.config.model_dump(mode="json"),
                 "config_digest": self.config.digest(),
                 "classes": list(self.task.classes),
+                "preparation": self.preparation.record(),  # of the images that validation answers
                 "mlflow_run_id": self.job.mlflow_run_id,
                 # every stream is derived by name from the seed, the epoch, the step and the sample's id
                 "rng": {"seed": self.config.seed},

@@ -15,7 +15,8 @@ from coe_dist.parallel.router import Router
 from coe_dist.parallel.router_process import ChildChannel
 from coe_dist.parallel.solvers import LocalSolver, Problems, RankZeroSolver, ReplicatedSolver, Solver
 from coe_dist.seeds import derive_seed
-from coe_dist.tracking.store import write_json
+from coe_dist.tracking.per_image import images_file
+from coe_dist.tracking.store import write_bytes, write_json
 from coe_dist.training import evaluation
 from coe_dist.training.chosen import Networks
 from coe_dist.training.ema import WeightAverage
@@ -171,7 +172,7 @@ class CollaborationTask:
             engine.set_learning_rate(factor * (optimizer.expert_learning_rate or optimizer.learning_rate))
 
     def metrics(self, sums: StepSums) -> dict[str, float]:
-        names = ("expert_loss", "delegator_loss", "selection_loss", "delegator_correct")
+        names = ("expert_loss", "delegator_loss", "selection_loss", "delegator_correct", "distillation_loss")
         total = reduced(sums, names, self.groups, self.device)
         images = max(1.0, total["images"])
         experts_loss, classes, selection = (total[name] / images for name in names[:3])
@@ -184,6 +185,8 @@ class CollaborationTask:
             "train/top1_delegator": total["delegator_correct"] / images,
             "train/bytes_sent": total["bytes_sent"],
         }
+        if self.config.distillation is not None:
+            metrics["train/loss_distillation"] = total["distillation_loss"] / images
         if sums.load is not None:
             share = sums.load.double() / sums.load.sum().clamp_min(1)
             metrics |= {f"expert/{expert:02d}/load": float(value) for expert, value in enumerate(share)}
@@ -253,8 +256,8 @@ class CollaborationTask:
         accuracy: float | None = None,
         stored: bool = True,
     ) -> None:
-        """Evaluates the splits in order and writes evaluation-<split>.json and details-<split>.json (or, when the
-        figures are not to be stored with the run, asked-<split>.json alone).
+        """Evaluates the splits in order and writes evaluation-<split>.json, details-<split>.json and
+        images-<split>.npz (or, when the figures are not to be stored with the run, asked-<split>.json alone).
 
         step: of the networks. The threshold is calibrated on validation for `budget` or for a top-1 `accuracy`, or
         `given`. Besides the figures (see evaluation.summarise) the files say of which networks they are (step,
@@ -278,6 +281,7 @@ class CollaborationTask:
                 if stored:
                     table = evaluation.class_table(records, self.builder.info.classes)
                     write_json(self.run_dir / f"details-{split}.json", table)
+                    write_bytes(self.run_dir / images_file(split), records.per_image().to_bytes())
 
 
 class SingleTask:

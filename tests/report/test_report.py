@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from small_data import write_small
 
+from coe_dist.coe.calibration import ece
+from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
 from coe_dist.report import write_report
-from coe_dist.report.build import macs, percent
+from coe_dist.report.card import write_card
+from coe_dist.report.folder import Evaluation, read_run
+from coe_dist.report.heat import clustered
+from coe_dist.report.quality import confusion, reliability, standings
+from coe_dist.report.words import macs, percent
+from coe_dist.tracking.per_image import PerImage
 
 CLASSES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "<b>Boot</b> & $co"]
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -41,6 +52,8 @@ def write_run(folder: Path, experts: int = 4, classes: list[str] = CLASSES, epoc
     for epoch in range(epochs):
         rise = 1 - math.exp(-(epoch + 1) / 3)
         metrics = {"val/top1": 0.868 * rise, "val/top1_delegator": 0.754 * rise, "val/top1_oracle": 0.938 * rise}
+        metrics |= {f"expert/{j:02d}/val_load": 1 / experts for j in range(experts)}
+        metrics |= {f"expert/{j:02d}/accuracy": 0.8 * rise for j in range(1, experts)}  # the first is never chosen
         lines.append({"kind": "evaluation", "time": 1.0, "step": (epoch + 1) * per_epoch, "epoch": epoch,
                       "split": "validation", "metrics": metrics})  # fmt: skip
     lines.append({"kind": "end", "time": 9.0, "step": per_epoch * epochs, "seconds": 412.5})
@@ -122,7 +135,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -132,13 +145,15 @@ class Page(HTMLParser):
 
 def check(page: Page) -> None:
     """What holds for every report."""
-    assert all(reference.startswith("#") for reference in page.references)
-    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    links = {reference for reference in page.references if not reference.startswith("data:image/")}
+    assert all(reference.startswith("#") for reference in links)
+    assert {reference[1:] for reference in links} <= set(page.ids)
+    assert page.source.count("<script>") == page.source.count("<script") == 1
     assert set(re.findall(r"url\(#([^)]*)\)", page.source)) <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
     assert not re.search(r"https?://(?!\*\*\*@)", page.source)
     assert "@import" not in page.source
-    assert not {"script", "link", "iframe", "img", "object"} & page.tags
+    assert not {"link", "iframe", "object"} & page.tags
     assert "#0a0b" not in page.source  # every placeholder colour became a variable
     assert page.headings[0] == 1
     assert page.headings.count(1) == 1
@@ -156,8 +171,8 @@ def test_a_complete_run(tmp_path: Path) -> None:
         assert number in page.text
     for heading in ("Result", "Accuracy and cost", "Training", "Experts", "Who answers what"):
         assert heading in page.text
-    assert "missing" not in page.text
-    assert page.source.count("<svg") == 5
+    assert page.text.count("missing") == 2  # only what needs the rows of single images
+    assert page.source.count("<svg") == 6
     assert "<b>Boot" not in page.source
     assert "<b>Boot</b> & $co" in page.text
     assert "hunter2" not in page.source
@@ -203,7 +218,7 @@ def test_unreadable_files_are_named_and_left_out(tmp_path: Path) -> None:
     check(page)
     for name in ("evaluation-test.json", "summary.json", "details-test.json"):
         assert f"{name} is left out" in page.text
-    assert page.source.count("<svg") == 3
+    assert page.source.count("<svg") == 4
 
 
 def test_many_experts_and_classes(tmp_path: Path) -> None:
@@ -229,6 +244,7 @@ def test_several_runs_and_a_baseline(tmp_path: Path) -> None:
     page = Page(write_report([first, second, single], tmp_path / "all.html"))
     check(page)
     assert "All runs" in page.text
+    assert "Settings that differ None, as far as their configurations tell." in page.text
     assert "a&b <i>" in page.text
     assert "<i>" not in page.source
     assert "Last validation top-1: 43.2%" in page.text
@@ -249,6 +265,34 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
         write_report([tmp_path / "nowhere"])
     with pytest.raises(InputError, match="not a run folder"):
         write_report([tmp_path])
+    folder = write_run(tmp_path / "demo")
+    with pytest.raises(InputError, match=r"--out: .* cannot be written"):
+        write_report([folder], folder / "config.yaml" / "page.html")
+    with pytest.raises(InputError, match=r"--out: .* is a folder"):
+        write_report([folder], folder)
+
+
+def test_the_model_card(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    path = write_card(folder)
+    assert path == folder / "model-card.md"
+    text = path.read_text()
+    for words in (
+        "# demo",
+        "## Limits",
+        "| collaboration | 86.7 | 222k on average |",
+        "| delegator alone | 75.4 | 42.0k |",
+        "On 10000 test images.",
+        "itself, from confidence 0.9000 on",
+        r"Bag, \<b\>Boot\</b\> \& $co",
+        "- epochs: 16",
+    ):
+        assert words in text
+    assert "hunter2" not in text
+    (folder / "evaluation-test.json").unlink()
+    assert "Not evaluated yet." in write_card(folder).read_text()
+    with pytest.raises(InputError, match="no such run folder"):
+        write_card(tmp_path / "nowhere")
 
 
 def test_numbers_as_words() -> None:
@@ -256,3 +300,121 @@ def test_numbers_as_words() -> None:
         "–", "12", "999", "42.0k", "222k", "1.93M", "24.4M", "2.50G",
     ]  # fmt: skip
     assert [percent(v) for v in (None, 0.0, 0.86714, 1.0)] == ["–", "0.0", "86.7", "100.0"]
+
+
+def test_settings_that_differ_and_a_single_network(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "demo"), write_run(tmp_path / "other", experts=6)
+    (second / "config.yaml").write_text("name: other\ntracking:\n  uri: https://me:hunter3@x.example/\nseed: 7\n")
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "evaluation-test.json").write_text('{"split": "test", "images": 10000, "top1": 0.8767, "macs": 240000}')
+    path = write_report([first, second, single])
+    assert path == first / "comparison.html"
+    page = Page(path)
+    check(page)
+    assert "seed 7" in page.text
+    assert "tracking.uri https://***@tracker.example/x https://***@x.example/" in page.text
+    assert not re.search("hunter[23]", page.source)
+    assert "one network alone 87.7 240k" in page.text
+    assert "left out" not in page.text
+
+
+def rows_of(images: int = 60, experts: int = 4, classes: int = 10) -> PerImage:
+    """Rows of made-up answers to `images` images: the delegator is sure and wrong about the last one."""
+    generator = np.random.default_rng(5)
+    labels = np.arange(images, dtype=np.int32) % classes
+    final = np.where(generator.random(images) < 0.7, labels, (labels + 1) % classes).astype(np.int32)
+    rough = labels.copy()
+    rough[-1] = (labels[-1] + 3) % classes
+    confidence = np.linspace(0.2, 0.99, images)
+    selected = generator.integers(0, experts, images, dtype=np.int32)
+    right = generator.random((images, experts)) < 0.6
+    sure = generator.random(images, dtype=np.float32)
+    return PerImage(np.arange(images), labels, rough, confidence, selected, sure, final, sure, right)
+
+
+def test_figures_of_single_images_are_those_of_a_count(tmp_path: Path) -> None:
+    rows, threshold = rows_of(), 0.8
+    table = confusion(rows, threshold, 10).counts_CC
+    answers = [
+        int(rough if confidence >= threshold else final)
+        for rough, confidence, final in zip(rows.delegator_class_N, rows.confidence_N, rows.final_class_N, strict=True)
+    ]
+    for true in range(10):
+        for answer in range(10):
+            counted = sum(pair == (true, answer) for pair in zip(rows.labels_N.tolist(), answers, strict=True))
+            assert table[true, answer] == counted
+    assert confusion(rows, threshold, 10).mistakes(1)[0][2] == (table - np.diag(np.diag(table))).max()
+    right = rows.delegator_class_N == rows.labels_N
+    for diagram, stated in ((reliability("d", rows.confidence_N, right), rows.confidence_N),):
+        assert diagram.ece == pytest.approx(ece(stated, right))
+        assert sum(b.images for b in diagram.bins) == len(rows)
+    found = {s.name: s.top1 for s in standings(evaluation_of(tmp_path), rows)}
+    assert found["selected"] == pytest.approx(np.mean([rows.right_NE[i, rows.selected_N[i]] for i in range(60)]))
+    assert found["worst"] == rows.right_NE.all(1).mean()
+
+
+def evaluation_of(folder: Path) -> Evaluation:
+    evaluation = read_run(write_run(folder / "run")).evaluation
+    assert evaluation is not None
+    return evaluation
+
+
+def with_rows(folder: Path, data: Path) -> Path:
+    """A run whose evaluations are of the data set in `data`."""
+    write_run(folder)
+    labels = StoredImages(data / "validation.beton").labels_N[:60].astype(np.int32)
+    rows = dataclasses.replace(rows_of(), labels_N=labels)
+    evaluation = json.loads((folder / "evaluation-test.json").read_text()) | {"images": 60}
+    (folder / "evaluation-test.json").write_text(json.dumps(evaluation))
+    for split in ("test", "validation"):
+        (folder / f"images-{split}.npz").write_bytes(rows.to_bytes())
+    (folder / "config.yaml").write_text(f"data:\n  folder: {data}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small(tmp_path_factory.mktemp("fashion"))
+
+
+def test_images_of_experts_and_of_the_delegator(data: Path, tmp_path: Path) -> None:
+    page = Page(write_report([with_rows(tmp_path / "demo", data)]))
+    check(page)
+    assert "missing" not in page.text
+    assert page.source.count("<svg") == 7
+    rows = PerImage.read(tmp_path / "demo" / "images-validation.npz")
+    early = rows.confidence_N >= 0.9
+    assert page.source.count("<img") == page.source.count('src="data:image/png;base64,')
+    shown = [min(8, int((rows.selected_N == j).sum())) for j in range(4)]
+    wrong = (rows.final_class_N != rows.labels_N) & ~early
+    shown += [min(8, int((wrong & (rows.selected_N == j)).sum())) for j in range(4)]
+    right = rows.delegator_class_N == rows.labels_N
+    shown += [min(8, int((early & right).sum()))] * 2 + [min(8, int((early & ~right).sum()))]
+    assert page.source.count("<img") == sum(shown)
+    assert "answered <b>Boot</b> & $co" in page.text
+
+
+def test_a_data_set_that_is_gone_or_another_costs_only_the_images(data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(data, tmp_path / "data")
+    folder = with_rows(tmp_path / "demo", data)
+    (folder / "images-validation.npz").write_bytes(rows_of().to_bytes())
+    for sentence in ("was written anew since the evaluation", "is not there"):
+        page = Page(write_report([folder]))
+        check(page)
+        assert f"No images: {data}/validation.beton {sentence}." in page.text
+        assert "Confusion matrix" in page.text
+        (data / "validation.beton").unlink(missing_ok=True)
+    (folder / "images-test.npz").write_bytes(rows_of(experts=3).to_bytes())
+    (folder / "images-validation.npz").write_bytes(b"PK not a file of ours")
+    page = Page(write_report([folder]))
+    assert "images-test.npz is left out: it has another number of experts" in page.text
+    assert "images-validation.npz is left out" in page.text
+
+
+def test_similar_rows_become_neighbours() -> None:
+    rows = np.array([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.9], [0.95, 0.05]])
+    order = clustered(rows)
+    assert sorted(order) == list(range(5))
+    assert {frozenset(order[:3]), frozenset(order[2:])} & {frozenset({0, 2, 4})}
+    assert clustered(rows[:2]) == [0, 1]

@@ -135,6 +135,10 @@ def test_each_training_is_an_mlflow_run_below_the_studys(folder: Path, lines: li
     (parent,) = (run for run in runs if run.data.tags["kind"] == "study")
     children = [run for run in runs if run is not parent]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert all({"host", "world_size"} <= run.data.tags.keys() for run in children)
+    assert all(
+        {used.dataset.name.split()[-1] for used in run.inputs.dataset_inputs} >= {"train", "test"} for run in children
+    )
     ended = {f"{run.data.tags['curve']}/{run.data.tags['point']}": run for run in children}
     assert len(children) == len(ended) == 5  # also where one was cut short and done again
     assert {label for label, run in ended.items() if run.info.status == "FINISHED"} == ended.keys() - {"wild/a"}

@@ -27,6 +27,7 @@ from coe_dist.tracking import (
     Recorder,
     finish_run,
     log_artifacts,
+    log_datasets,
     read_metrics,
     run_id_of,
     start_run,
@@ -34,6 +35,7 @@ from coe_dist.tracking import (
     tracking_uri,
     ui_command,
 )
+from coe_dist.tracking.datasets import DataUsed
 from coe_dist.tracking.store import connect, flatten, legal_name, redact
 
 
@@ -141,6 +143,30 @@ def test_a_step_recorded_again_after_a_resume_is_sent_once(tmp_path: Path) -> No
     assert len(list(read_metrics(config.run_dir))) == 10
 
 
+def test_the_data_of_a_run_is_recorded_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = configuration(tmp_path)
+    run_id = start_run(config, run_name="r")
+    data = DataUsed("ours " * 200, "training", "a" * 64, tmp_path / "train.beton", {"num_rows": 3})
+    for _ in range(2):  # a resumed run says it again
+        log_datasets(config, run_id, [data])
+    assert run_id is not None
+    (entry,) = connect(tracking_uri(config)).get_run(run_id).inputs.dataset_inputs
+    assert json.loads(entry.dataset.source) == {"uri": str(tmp_path / "train.beton")}
+    assert json.loads(entry.dataset.profile) == {"num_rows": 3}
+    assert entry.dataset.digest == "a" * 36
+    assert not [record for record in caplog.records if record.name.startswith("coe_dist")]
+
+
+def test_a_folder_without_its_store_makes_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = configuration(tmp_path)
+    run_id = start_run(config, run_name="r")
+    (config.run_dir / "report.html").write_text("<html>")
+    (tmp_path / "runs" / "mlflow.db").unlink()  # as in a copy of the run folder on another machine
+    log_artifacts(config, run_id, [config.run_dir / "report.html"])
+    assert "mlflow.db is not there" in caplog.text
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
+
+
 def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
     config = configuration(tmp_path)
     config.run_dir.mkdir(parents=True)
@@ -181,6 +207,7 @@ def test_nothing_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     finish_run(config, "0" * 32, "FINISHED")
     log_artifacts(config, "0" * 32, [config.run_dir])
+    log_datasets(config, "0" * 32, [DataUsed("d", "training", "1" * 16, tmp_path / "d.beton", {})])
     assert len(list(read_metrics(config.run_dir))) == 199
     with pytest.raises(InputError, match="did not take the metrics") as raised:
         sync(config.run_dir, config)

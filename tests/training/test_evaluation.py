@@ -13,6 +13,7 @@ from training import evaluation_cases as cases
 
 from coe_dist.coe.calibration import ece
 from coe_dist.errors import InputError
+from coe_dist.tracking.per_image import PerImage
 from coe_dist.training.evaluation import Records, calibrated_threshold, class_table, summarise
 
 DELEGATOR_MACS, EXPERT_MACS = 100, [1000, 1500, 2000, 3000]
@@ -46,6 +47,9 @@ def brute_force(folder: Path, experts: int, images: int, final: str, ranks: int)
                     "experts": [int(probabilities.argmax()) == label for probabilities in answers],
                     "final": int(answer.argmax()) == label,
                     "final confidence": float(answer.max()),
+                    "delegator class": int(rough.argmax()),
+                    "final class": int(answer.argmax()),
+                    "selection confidence": float(selection[0].softmax(0).max()),
                 }
             )
     return rows
@@ -72,6 +76,9 @@ def rows_of(records: Records) -> list[dict[str, Any]]:
             "experts": records.experts_NE[i].tolist(),
             "final": bool(records.final_N[i]),
             "final confidence": float(records.final_confidence_N[i]),
+            "delegator class": int(records.delegator_class_N[i]),
+            "final class": int(records.final_class_N[i]),
+            "selection confidence": float(records.selection_confidence_N[i]),
         }
         for i in range(len(records.ids_N))
     ]
@@ -96,12 +103,25 @@ def test_every_image_once_and_every_figure_as_in_a_loop_over_images(ranks: int, 
                     assert records.ids_N.tolist() == list(range(images))
                     got = rows_of(records)
                     for row, want in zip(got, expected, strict=True):
-                        for field in ("confidence", "final confidence"):
+                        for field in ("confidence", "final confidence", "selection confidence"):
                             assert abs(row.pop(field) - want[field]) < 1e-12
                         assert row == {key: value for key, value in want.items() if "confidence" not in key}
                     check_figures(records, expected, experts)
+                    check_file(records, tmp_path / "images-test.npz")
                 varied.update((row["selected"], row["final"], row["delegator"]) for row in expected)
     assert len(varied) > 4, "the networks of this test answer everything alike"
+
+
+def check_file(records: Records, path: Path) -> None:
+    """What is kept of each image is read back as it was."""
+    path.write_bytes(records.per_image().to_bytes())
+    rows = PerImage.read(path)
+    assert (rows.ids_N.tolist(), rows.labels_N.tolist()) == (records.ids_N.tolist(), records.labels_N.tolist())
+    assert rows.confidence_N.tolist() == records.confidence_N.tolist()  # exactly: thresholds are held against it
+    assert rows.selected_N.tolist() == records.selected_N.tolist()
+    assert rows.right_NE.tolist() == records.experts_NE.tolist()
+    assert (rows.delegator_class_N == rows.labels_N).tolist() == records.delegator_N.tolist()
+    assert (rows.final_class_N == rows.labels_N).tolist() == records.final_N.tolist()
 
 
 def counted(rows: list[dict[str, Any]], confidences: list[float], macs: list[int], threshold: float | None) -> Any:

@@ -12,12 +12,17 @@ import pytest
 from small_data import IMAGES, small_config, write_config
 
 from coe_dist.config import NetworkConfig, load_config
+from coe_dist.preparation import Preparation
+from coe_dist.tracking.per_image import PerImage
 from coe_dist.training.job import Job
 from coe_dist.training.worker import main
 
 STEPS = 4  # of an epoch: 101 images in batches of 32
 EXPERTS = 3
-VALUES = {"train/loss", "train/images_per_second", "train/learning_rate"}
+VALUES = {
+    *("train/loss", "train/images_per_second", "train/learning_rate"),
+    *("system/memory_bytes", "system/memory_free_bytes", "system/cpu_percent"),
+}
 
 
 def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -104,6 +109,7 @@ def test_training_goes_on_where_it_stopped(trained: Path) -> None:
         "step_in_epoch": 0,
         "micro_step": 2 * STEPS,
     }
+    assert manifest["preparation"] == Preparation(1, 28).record()
     assert load_config(trained / "config.yaml").training.epochs == 2
 
 
@@ -127,6 +133,10 @@ def test_evaluation_files_follow_their_contract(trained: Path, split: str) -> No
     assert set(details) == {"classes", "selected", "correct", "images_per_class"}
     assert sum(details["images_per_class"]) == sum(map(sum, details["selected"])) == IMAGES
     assert [len(row) for row in details["selected"]] == [EXPERTS] * len(details["classes"])
+    rows = PerImage.read(trained / f"images-{split}.npz")
+    assert rows.ids_N.tolist() == list(range(IMAGES))
+    assert rows.right_NE.mean(0).tolist() == pytest.approx(result["top1"]["experts"])
+    assert ((rows.selection_confidence_N >= 1 / EXPERTS - 1e-6) & (rows.selection_confidence_N <= 1)).all()
 
 
 def test_another_configuration_is_not_resumed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
