@@ -1,19 +1,25 @@
-# make demo   sets this machine up, then trains the demonstration (about five minutes on two cores)
-# make test   sets this machine up, then runs the tests
+# make demo       sets this machine up, then trains the demonstration (about five minutes on two cores)
+# make rehearsal  the same set-up, then rehearses the training of the large ImageNet configuration on made images
+# make test       sets this machine up, then runs the tests
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 COE = .venv/bin/coe-dist
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: demo test test-full docs-check test-gpu test-multi-gpu lint setup setup-dev
+TWO_FILES = -n 2 --dist loadfile
+
+.PHONY: demo rehearsal test test-full docs-check test-gpu test-multi-gpu lint setup setup-dev
 
 demo: setup
 	$(COE) demo configs/fashion_mnist.yaml
 
+rehearsal: setup
+	$(COE) rehearsal configs/imagenet_coe_large.yaml
+
 test: setup-dev lint
-	$(PYTEST)
+	$(PYTEST) $(TWO_FILES)
 
 test-full: setup-dev
-	$(PYTEST) --full
+	$(PYTEST) $(TWO_FILES) --full
 
 # the commands of README.md and docs/
 docs-check: setup-dev

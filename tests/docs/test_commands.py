@@ -26,6 +26,8 @@ README = ROOT / "README.md"
 LIMIT = 512
 SMALLER = f"training.epochs=1 data.limit={LIMIT} training.optimizer.warmup_epochs=0"
 ELSEWHERE = {
+    "launch": "tests/orchestration/test_jobs.py, on a Ray head of its own",
+    "rehearsal": "tests/orchestration/test_rehearsal.py",
     "bench": "tests/bench runs each benchmark in its smallest form",
     "doctor": "tests/orchestration; it asks for free cores",
 }
@@ -75,6 +77,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for number in range(3):
         picture(folder / f"photos/{number}.jpg")
         picture(folder / f"more/{number}.png")
+    picture(folder / "photo.jpg")
+    picture(folder / "other.png")
     return folder
 
 
@@ -127,9 +131,8 @@ def test_blocks_of_commands(place: Path, block: Block) -> None:
 
 
 def test_python_of_the_readme(place: Path) -> None:
-    """Blocks follow one another; the images are those a reader would have."""
+    """Blocks follow one another."""
     text = "\n".join(block.text for block in blocks(README) if block.language == "python")
     assert "images_NCHW" in text
-    given = "import torch\nimages_NCHW = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)\n"
-    (place / "reader.py").write_text(given + text)
+    (place / "reader.py").write_text(text)
     run(place, "python reader.py")
