@@ -182,11 +182,12 @@ class Loop:
         named the best, left undone. Collective."""
         if not self._evaluates_after(epoch):
             return
-        found = {record["step"]: record["metrics"] for record in read_metrics(self.job.run_dir) if _evaluation(record)}
-        known = torch.tensor([int(self.groups.rank == 0 and step in found)], device=self.data.device)
+        records = read_metrics(self.job.run_dir) if self.groups.rank == 0 else ()  # one rank reads, all learn of it
+        found = {record["step"]: record["metrics"] for record in records if _evaluation(record)}
+        known = torch.tensor([int(step in found)], device=self.data.device)
         if not int(self.groups.world.all_reduce_sum(known)):
             self._evaluate(step, epoch)
-        elif self.groups.rank == 0:
+        elif step in found:
             self._mark(step, found[step]["val/top1"])
 
     def _epoch(self, epoch: int, step: int, first: int) -> tuple[int, bool]:
