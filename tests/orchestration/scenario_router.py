@@ -22,12 +22,13 @@ from coe_dist.parallel.solvers import Problems, ReplicatedSolver
 from coe_dist.training.job import Job
 
 EXPERTS, SAMPLES = 4, 60_000  # more than 100 KB: Ray then sends arrays through its store
+TIMEOUT_SECONDS = 300.0  # the default; half of it is what the router process may take to start on a busy machine
 
 
 def open_solver(rule):
-    groups = create_groups(EXPERTS, timeout_seconds=60)
+    groups = create_groups(EXPERTS, timeout_seconds=TIMEOUT_SECONDS)
     channel = ActorChannel(Problems(EXPERTS, rule, 1.0)) if groups.rank == 0 else None
-    return channel, ProcessSolver(channel, groups.world, timeout_seconds=60)
+    return channel, ProcessSolver(channel, groups.world, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def given():

@@ -45,7 +45,7 @@ def test_death_of_the_actor_is_told_on_every_rank_within_seconds(found):
     assert len(found["kill"]) >= 2
     assert messages == {found["told"]["kill"]}
     assert re.match(r"router process \(pid \d+\) ended: .*[Ee]xit", found["told"]["kill"])
-    assert all(rank["seconds"] < 25 for rank in found["kill"])  # the collectives' timeout is 60 s
+    assert all(rank["seconds"] < 75 for rank in found["kill"])  # half of what a silent router process is given
 
 
 def test_a_request_that_fails_in_the_actor_is_told(found):

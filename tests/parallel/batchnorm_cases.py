@@ -69,7 +69,7 @@ def compare_average(world: Group) -> None:
 
 
 def run(folder: Path) -> None:
-    world = create_groups(2, timeout_seconds=60).world
+    world = create_groups(2, timeout_seconds=300).world
     compare_group(world, [3, 4, 2][: world.size])
     compare_group(world, [5, 0, 1][: world.size])
     compare_single_value(world)

@@ -15,7 +15,7 @@ from coe_dist.parallel.groups import create_groups
 def run(folder: Path) -> None:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     for experts in (2, 3, 5):
-        groups = create_groups(experts, timeout_seconds=60)
+        groups = create_groups(experts, timeout_seconds=300)
         for case, k in enumerate((1, 2, experts)):
             random = np.random.default_rng([experts, case])
             sizes = random.integers(0, 9, world_size).tolist()

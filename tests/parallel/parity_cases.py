@@ -57,7 +57,7 @@ def solver_of(case: Case, groups: Groups) -> Solver:
         return RankZeroSolver(problems, groups.world, groups.rank)
     if case.where == "process":
         channel = ChildChannel(problems) if groups.rank == 0 else None
-        return ProcessSolver(channel, groups.world, timeout_seconds=60)
+        return ProcessSolver(channel, groups.world, timeout_seconds=300)
     return ReplicatedSolver(problems)
 
 
@@ -155,7 +155,7 @@ def run(folder: Path, device: torch.device = CPU) -> None:
     errors = []
     for index, case in enumerate(cases):
         if case.experts not in by_experts:
-            by_experts[case.experts] = create_groups(case.experts, timeout_seconds=60)
+            by_experts[case.experts] = create_groups(case.experts, timeout_seconds=300)
         groups = by_experts[case.experts]
         expected = torch.load(folder / f"{index}.pt", weights_only=False)
         step = run_case(case, groups, expected if case.replay else None, device)

@@ -47,7 +47,7 @@ def answers(
 
 def agree(folder: Path) -> None:
     """Every place gives bit-identical answers on every rank, over several batches (all but the first start warm)."""
-    groups = create_groups(4, timeout_seconds=60)
+    groups = create_groups(4, timeout_seconds=300)
     sorts = [(k, dtype) for k in (2, 3, 4) for dtype in (torch.float32, torch.float64)]
     for labels in ("balanced", "soft"):
         solvers = [
@@ -81,11 +81,11 @@ def told(work: Callable[[], object]) -> dict[str, object]:
 def end(folder: Path) -> None:
     """A router process killed between two training steps, killed while it owes labels, stopped, and given a request
     that it cannot solve. Writes what every rank was told to ended-<rank>.json."""
-    groups = create_groups(4, timeout_seconds=60)
+    groups = create_groups(4, timeout_seconds=300)
     found, given = {}, batch(20, 4, 2, 0, torch.float32)
     found["between steps"] = told(lambda: _train(groups, kill_before_step=3))
 
-    channel, solver = _open(groups, "balanced", timeout_seconds=60)
+    channel, solver = _open(groups, "balanced", timeout_seconds=300)
     assignment_N, experts_Nk, _ = answers(solver, *given, [10, 10])
     if channel is not None:
         os.kill(channel.pid, signal.SIGSTOP)  # it cannot answer before it is killed
@@ -96,7 +96,7 @@ def end(folder: Path) -> None:
     found["afterwards"] = told(lambda: solver.assign(given[0], given[2], [10, 10]))
     solver.close()
 
-    channel, solver = _open(groups, "balanced", timeout_seconds=60)
+    channel, solver = _open(groups, "balanced", timeout_seconds=300)
     assert torch.equal(solver.assign(given[0], given[2], [10, 10]), assignment_N)
     solver.patience_seconds = 1.0
     if channel is not None:
@@ -105,7 +105,7 @@ def end(folder: Path) -> None:
     found["stopped"] = told(lambda: solver.assign(*large))
     solver.close()
 
-    channel, solver = _open(groups, "no such rule", timeout_seconds=60)
+    channel, solver = _open(groups, "no such rule", timeout_seconds=300)
     found["no such rule"] = told(lambda: answers(solver, *given, [10, 10]))
     solver.close()
     (folder / f"ended-{groups.rank}.json").write_text(json.dumps(found))
@@ -136,7 +136,7 @@ def _train(groups: Groups, *, kill_before_step: int) -> None:
 def local(folder: Path) -> None:
     """scope: local. On every rank the assignment and labels equal those of its rows solved alone, and its rows are
     balanced by themselves."""
-    groups = create_groups(3, timeout_seconds=60)
+    groups = create_groups(3, timeout_seconds=300)
     for seed, sizes in enumerate(([7, 6], [9, 9], [5, 0], [0, 1])):
         selection_NE, losses_Nk, ids_N = batch(sum(sizes), 3, 2, seed, torch.float32)
         solver = LocalSolver(Problems(3, "balanced", 1.0), groups.world, groups.rank)

@@ -25,7 +25,7 @@ def test_weights_gradients_optimizer_and_averages_are_those_of_real_engines(opti
     run = planned(training=training)
     info, _, _ = data_of(run.config)
     delegator, experts = collaboration_engines(
-        run.config, NetworkBuilder(run.config, info), create_groups(3, timeout_seconds=60), torch.device("cpu")
+        run.config, NetworkBuilder(run.config, info), create_groups(3, timeout_seconds=300), torch.device("cpu")
     )
     engines = [delegator, *experts.values()]
     images, gradients = torch.zeros(4, 1, 28, 28, dtype=torch.uint8), 0

@@ -68,7 +68,7 @@ def run(folder: Path) -> None:
     """<index>/: the checkpoints of a case; writes hashes before each save and after each load, and last the errors."""
     errors = []
     for index, case in enumerate(cases()):
-        groups = create_groups(case.experts, timeout_seconds=60)
+        groups = create_groups(case.experts, timeout_seconds=300)
         recorded = torch.load(folder / f"{index}.pt", weights_only=False)
         step, place = build_step(case, groups, recorded), folder / str(index)
         newest, warnings = checkpoint.agreed_save(place, groups)
@@ -96,7 +96,7 @@ def run_full_disk(folder: Path) -> None:
     """The disk fills up: first while a network is written, then when only the manifest is left to write."""
     small = folder / "small-disk"
     case = Case(2, 4, 2)
-    groups = create_groups(case.experts, timeout_seconds=60)
+    groups = create_groups(case.experts, timeout_seconds=300)
     step = build_step(case, groups, None)
     train(case, groups, step, 0, 1)
     first = save(small / "checkpoints", step, groups, Position(1))

@@ -234,7 +234,7 @@ def bf16(groups: Groups) -> dict[str, Any]:
 
 
 def run(folder: Path) -> None:
-    groups = create_groups(2, timeout_seconds=60)
+    groups = create_groups(2, timeout_seconds=300)
     prepare_deepspeed()
     import deepspeed.ops
     from deepspeed.ops.op_builder.all_ops import ALL_OPS

@@ -121,7 +121,7 @@ def evaluate(groups: Groups, folder: Path) -> None:
 
 
 def run(folder: Path) -> None:
-    groups = create_groups(EXPERTS, timeout_seconds=60)
+    groups = create_groups(EXPERTS, timeout_seconds=300)
     for kind in ENGINES:
         train(kind, groups, folder)
     evaluate(groups, folder)

@@ -86,6 +86,6 @@ def batches(images: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
 
 def run(folder: Path) -> None:
     for experts in EXPERTS:
-        groups = create_groups(experts, timeout_seconds=60)
+        groups = create_groups(experts, timeout_seconds=300)
         for final in ("expert", "average"):
             evaluate(groups, folder, final)

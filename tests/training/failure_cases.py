@@ -154,7 +154,7 @@ def check_replicas_without_rows(case: Case, groups: Groups) -> None:
 
 
 def run(folder: Path) -> None:
-    groups = create_groups(4, timeout_seconds=60)
+    groups = create_groups(4, timeout_seconds=300)
     results = {}
     for engine, stage in ENGINES:
         case = Case(2, 4, 2, engine=engine, zero_stage=stage)
@@ -169,7 +169,7 @@ def run(folder: Path) -> None:
 
 
 def run_replicas(folder: Path) -> None:
-    groups = create_groups(2, timeout_seconds=60)
+    groups = create_groups(2, timeout_seconds=300)
     for engine, stage in ENGINES:
         for batchnorm in ("local", "group"):
             check_replicas_without_rows(Case(3, 2, 2, engine=engine, zero_stage=stage, batchnorm=batchnorm), groups)

@@ -51,7 +51,7 @@ def steps(engine: NetworkEngine, groups: Groups, first: int, last: int) -> None:
 
 
 def run(folder: Path) -> None:
-    groups = create_groups(2, timeout_seconds=60)
+    groups = create_groups(2, timeout_seconds=300)
     results = {}
     for name, moves in MOVES.items():
         for before, after in moves:

@@ -123,7 +123,7 @@ def cases() -> dict[str, TrainingConfig]:
 
 
 def run(folder: Path) -> None:
-    groups = create_groups(1, timeout_seconds=60)
+    groups = create_groups(1, timeout_seconds=300)
     assert groups.experts[0].size == groups.world.size == 2, "the expert has replicas"
     result = {name: through_both_phases(groups, training) for name, training in cases().items()}
     torch.save(result, folder / f"result-{groups.rank}.pt")

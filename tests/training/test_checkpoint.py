@@ -76,7 +76,7 @@ CASE = Case(1, 3, 2, steps=4)
 @pytest.fixture
 def trained(tmp_path: Path) -> tuple[CollaborationStep, Path]:
     """Three saves of three experts, after 1, 2 and 3 steps."""
-    groups = create_groups(CASE.experts, timeout_seconds=60)
+    groups = create_groups(CASE.experts, timeout_seconds=300)
     step = build_step(CASE, groups, None)
     for done in (1, 2, 3):
         train(CASE, groups, step, done - 1, done)
@@ -124,7 +124,7 @@ def test_a_torn_save_falls_back_to_the_one_before(
     kind: str, told: str, trained: tuple[CollaborationStep, Path]
 ) -> None:
     _, folder = trained
-    groups = create_groups(CASE.experts, timeout_seconds=60)
+    groups = create_groups(CASE.experts, timeout_seconds=300)
     tear(kind, folder / "step-00000003")
     newest, warnings = checkpoint.agreed_save(folder, groups)
     assert newest == folder / "step-00000002"
@@ -149,7 +149,7 @@ def test_a_torn_save_falls_back_to_the_one_before(
 
 def test_what_is_loaded_is_what_was_saved(trained: tuple[CollaborationStep, Path]) -> None:
     step, folder = trained
-    groups = create_groups(CASE.experts, timeout_seconds=60)
+    groups = create_groups(CASE.experts, timeout_seconds=300)
     other = build_step(CASE, groups, None)
     assert digests(engines_of(other)) != digests(engines_of(step))
     checkpoint.load(folder / "step-00000003", engines_of(other), experts=CASE.experts)
@@ -162,7 +162,7 @@ def test_weights_need_no_optimizer_files(trained: tuple[CollaborationStep, Path]
     newest = folder / "step-00000003"
     for path in newest.glob("*.optim.pt"):
         path.unlink()
-    other = build_step(CASE, create_groups(CASE.experts, timeout_seconds=60), None)
+    other = build_step(CASE, create_groups(CASE.experts, timeout_seconds=300), None)
     checkpoint.load(newest, engines_of(other), experts=CASE.experts, optimizer=False)
     for mine, theirs in zip(engines_of(other), engines_of(step), strict=True):
         for name, value in theirs.network.state_dict().items():
@@ -181,7 +181,7 @@ def test_other_formats_counts_and_networks_are_refused(trained: tuple[Collaborat
         checkpoint.load_weights(newest, wide, "expert 7")
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    groups = create_groups(CASE.experts, timeout_seconds=60)
+    groups = create_groups(CASE.experts, timeout_seconds=300)
     with pytest.raises(InputError, match="checkpoint format 2 is not allowed; this version reads format 1") as caught:
         checkpoint.agreed_save(folder, groups)
     assert str(newest) in str(caught.value)
@@ -189,7 +189,7 @@ def test_other_formats_counts_and_networks_are_refused(trained: tuple[Collaborat
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_the_newest_saves_are_kept(keep: int, tmp_path: Path) -> None:
-    groups = create_groups(CASE.experts, timeout_seconds=60)
+    groups = create_groups(CASE.experts, timeout_seconds=300)
     step = build_step(CASE, groups, None)
     (tmp_path / ".partial-step-00000009").mkdir()  # a save that was interrupted
     for done in (1, 5, 9, 10):
@@ -201,7 +201,7 @@ def test_the_newest_saves_are_kept(keep: int, tmp_path: Path) -> None:
 
 
 def test_the_best_save_is_kept_besides_the_newest(tmp_path: Path) -> None:
-    groups = create_groups(CASE.experts, timeout_seconds=60)
+    groups = create_groups(CASE.experts, timeout_seconds=300)
     step = build_step(CASE, groups, None)
     for done, top1 in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6), (5, 0.8), (6, 0.1)):
         made = save(tmp_path, step, groups, Position(done), keep=1)
@@ -214,7 +214,7 @@ def test_the_best_save_is_kept_besides_the_newest(tmp_path: Path) -> None:
 
 
 def test_training_may_go_on_while_a_save_is_written(tmp_path: Path) -> None:
-    groups = create_groups(CASE.experts, timeout_seconds=60)
+    groups = create_groups(CASE.experts, timeout_seconds=300)
     step = build_step(CASE, groups, None)
     train(CASE, groups, step, 0, 1)
     before = digests(engines_of(step))
@@ -229,7 +229,7 @@ def test_training_may_go_on_while_a_save_is_written(tmp_path: Path) -> None:
 
 
 def test_a_save_of_other_classes_is_refused(tmp_path: Path) -> None:
-    groups = create_groups(CASE.experts, timeout_seconds=60)
+    groups = create_groups(CASE.experts, timeout_seconds=300)
     engines = engines_of(build_step(CASE, groups, None))
     classes = ["cat", "dog", "eel", "fox"]
     made = saving.start(tmp_path, engines, groups, Position(1), extra={"classes": classes}, keep=1).finish()

@@ -37,7 +37,7 @@ def by_the_formula(states: list[State], decay: float) -> State:
 def test_many_updates_follow_the_formula(decay: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     network = TinyNetwork(4, [CLASSES, 3]).to(dtype).train()
-    split_batchnorm(network, "local", create_groups(2, timeout_seconds=60).world)
+    split_batchnorm(network, "local", create_groups(2, timeout_seconds=300).world)
     average, states = WeightAverage(network, decay), [cases.copy_of(network)]
     for _ in range(200):
         network(torch.randint(0, 256, (6, 1, 12, 12), dtype=torch.uint8))  # moves the running statistics
@@ -69,7 +69,7 @@ def test_the_first_update_goes_nine_tenths_of_the_way() -> None:
 
 def test_a_copy_of_its_own() -> None:
     network = TinyNetwork(4, [CLASSES]).train()
-    split_batchnorm(network, "local", create_groups(2, timeout_seconds=60).world)
+    split_batchnorm(network, "local", create_groups(2, timeout_seconds=300).world)
     calls: list[str] = []
     network.register_forward_pre_hook(lambda *_: calls.append("before"))
     network.register_forward_hook(lambda *_: calls.append("after"))
@@ -137,7 +137,7 @@ def check_replicas(kind: str, ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_single_network_is_measured_by_its_average() -> None:
-    groups, torch_engine = create_groups(2, timeout_seconds=60), cases.ENGINES["torch-local"]
+    groups, torch_engine = create_groups(2, timeout_seconds=300), cases.ENGINES["torch-local"]
     engine = cases.engine_of("single", TinyNetwork(4, [CLASSES]), torch_engine, groups, groups.world)
     average = WeightAverage(engine.network, 0.5)
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_loads_come_from_the_newest_record(tmp_path: Path) -> None:
 
 
 def test_the_run_of_a_single_network(tmp_path: Path) -> None:
-    groups, network = create_groups(2, timeout_seconds=60), torch.nn.Linear(2, 2)
+    groups, network = create_groups(2, timeout_seconds=300), torch.nn.Linear(2, 2)
     training = TrainingConfig(engine="torch")
     optimizer = build_optimizer(network, OptimizerConfig(), 0.1)
     engine = build_engine("single", network, optimizer, training, groups.world, groups.alone)

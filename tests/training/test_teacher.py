@@ -28,7 +28,7 @@ def test_a_teacher_looks_once_at_each_image_and_experts_send_back_plain_losses()
     case = Case(1, 3, 2, distilled=0.9, precision="fp64", batchnorm="group")
     reported, rows, values = [], [], []
     for distilled in (0.9, 0.0):
-        step = build_step(Case(**{**vars(case), "distilled": distilled}), create_groups(3, timeout_seconds=60), None)
+        step = build_step(Case(**{**vars(case), "distilled": distilled}), create_groups(3, timeout_seconds=300), None)
         if step.teacher is not None:
             step.teacher.network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
         start_labels = step.router.start_labels

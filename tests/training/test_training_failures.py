@@ -129,7 +129,7 @@ def test_a_single_image_and_experts_without_any(kind: str, batchnorm: str) -> No
             if kind == "conditional convolution"
             else build_classifier("timm/mobilenetv3_small_050", {}, **arguments, seed=expert)
         )
-    groups = create_groups(3, timeout_seconds=60)
+    groups = create_groups(3, timeout_seconds=300)
     config = TrainingConfig(engine="torch", batchnorm=batchnorm)
     engines = {}
     for name, network in networks.items():
