@@ -13,7 +13,7 @@ from coe_dist.exports.packaged_code import package_code, rename_imports, require
 
 def test_only_what_answering_needs_travels() -> None:
     code = package_code("coe_dist.inference")
-    assert {"__init__.py", "inference.py", "config.py", "errors.py", "coe/trunks.py", "preparation.py"} <= set(
+    assert {"__init__.py", "inference.py", "config/run.py", "errors.py", "coe/trunks.py", "preparation.py"} <= set(
         code.files
     )
     assert not [path for path in code.files if path.startswith(("training", "data", "tracking", "cli", "parallel"))]
