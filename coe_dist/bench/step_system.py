@@ -8,10 +8,10 @@ from coe_dist.config import RunConfig, parse_config
 from coe_dist.data.order import share
 from coe_dist.data.sidecar import SplitInfo
 from coe_dist.parallel.groups import Groups
+from coe_dist.training.collaboration_task import CollaborationTask
 from coe_dist.training.job import Job
 from coe_dist.training.networks import NetworkBuilder
 from coe_dist.training.step import CollaborationStep, MicroBatch
-from coe_dist.training.tasks import CollaborationTask
 
 SIDE, CLASSES = 28, 10
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coe_dist.config import RunConfig
-from coe_dist.data.batches import SplitReader
-from coe_dist.data.loaders import open_loader
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import TrainingError
-from coe_dist.parallel.groups import Groups
 from coe_dist.parallel.router import NonFiniteError
 from coe_dist.seeds import derive_seed
 from coe_dist.tracking import Recorder, read_metrics
@@ -23,62 +19,13 @@ from coe_dist.training.checkpoint import Position, save_name
 from coe_dist.training.job import Job
 from coe_dist.training.optim import learning_rate_factor
 from coe_dist.training.pwlu_phases import PwluPhases
+from coe_dist.training.reading import Data, grouped
 from coe_dist.training.recorded import system_metrics
 from coe_dist.training.saving import PendingSave, mark_best
 from coe_dist.training.saving import start as start_save
 from coe_dist.training.step import MicroBatch, StepSums
 from coe_dist.training.stopping import StopRequest
 from coe_dist.training.tasks import Task
-
-
-class Data:
-    """This rank's loaders of the three splits, built when first used and kept (an FFCV pipeline is costly to build)."""
-
-    def __init__(self, config: RunConfig, groups: Groups, device: torch.device) -> None:
-        self.config, self.groups, self.device = config, groups, device
-        self._loaders: dict[str, SplitReader] = {}
-
-    def loader(self, split: str) -> SplitReader:
-        if split not in self._loaders:
-            data = self.config.data
-            self._loaders[split] = open_loader(
-                data.loader,
-                Path(data.folder) / f"{split}.beton",
-                global_batch=self.config.micro_batch,
-                rank=self.groups.rank,
-                world_size=self.groups.world.size,
-                resolution=data.resolution,
-                seed=self.config.seed,
-                train=split == "train",
-                augmentation=data.augmentation if split == "train" else None,
-                progressive=data.progressive,
-                threads=data.loader_threads,
-                limit=data.limit,
-            )
-        return self._loaders[split]
-
-    def batches(self, split: str, epoch: int = 0, start_step: int = 0) -> Iterator[MicroBatch]:
-        for batch in self.loader(split).epoch(epoch, start_step=start_step):
-            images = batch.images_BCHW
-            if self.device.type == "cuda":
-                images = images.pin_memory().to(self.device, non_blocking=True)
-            yield MicroBatch(images, batch.labels_B.to(self.device), batch.ids_B.to(self.device))
-
-    def close(self) -> None:
-        for loader in self._loaders.values():
-            loader.close()
-
-
-def grouped(batches: Iterable[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:
-    """Lists of `size` micro-batches; the last may be shorter."""
-    group: list[MicroBatch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _evaluation(record: dict[str, Any]) -> bool:

@@ -39,9 +39,8 @@ class StepSums:
 
     images: int = 0
     bytes_sent: int = 0
-    load: torch.Tensor | None = (
-        None  # images assigned to each expert of the GLOBAL batches, int64 [E], equal on all ranks
-    )
+    # images assigned to each expert of the GLOBAL batches, int64 [E], equal on all ranks
+    load: torch.Tensor | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 

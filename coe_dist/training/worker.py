@@ -28,12 +28,15 @@ from coe_dist.parallel.router_process import ChildChannel
 from coe_dist.training import checkpoint
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.checks import check_run
+from coe_dist.training.collaboration_task import CollaborationTask
 from coe_dist.training.job import Job
-from coe_dist.training.loop import Data, Loop
+from coe_dist.training.loop import Loop
 from coe_dist.training.networks import NetworkBuilder
+from coe_dist.training.reading import Data
 from coe_dist.training.run_folder import check_folder, prepare_folder
+from coe_dist.training.single_task import SingleTask
 from coe_dist.training.stopping import listen_to_sigterm
-from coe_dist.training.tasks import CollaborationTask, Task, build_task
+from coe_dist.training.tasks import Task
 from coe_dist.training.thresholds import Threshold, stored_threshold
 
 
@@ -58,7 +61,7 @@ def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> bool:
     builder = NetworkBuilder(config, read_sidecar(Path(config.data.folder) / "train.beton"))
     data = Data(config, groups, device)
     try:
-        task = build_task(job, builder, groups, device, open_channel)
+        task = _build_task(job, builder, groups, device, open_channel)
         try:
             before = time.perf_counter()
             position, save = _resume(job, task, groups)
@@ -73,6 +76,14 @@ def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> bool:
             task.close()
     finally:
         data.close()
+
+
+def _build_task(
+    job: Job, builder: NetworkBuilder, groups: Groups, device: torch.device, open_channel: OpenChannel
+) -> Task:
+    if job.network is not None:
+        return SingleTask(job, builder, groups, device)
+    return CollaborationTask(job, builder, groups, device, open_channel)
 
 
 def _train(job: Job, task: Task, data: Data, position: Position, resumed: dict[str, object]) -> bool:

@@ -29,7 +29,7 @@ def train(job):
     """The worker function, and which images it was given: one line a batch, in ids-<start>-<rank>.jsonl."""
     import torch.distributed as dist
 
-    from coe_dist.training.loop import Data
+    from coe_dist.training.reading import Data
     from coe_dist.training.worker import run_worker
 
     batches, when = Data.batches, time.time()
