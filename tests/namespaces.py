@@ -6,6 +6,7 @@ A private network has only the loopback interface; connected ones stand for mach
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def in_private_network(argv: Sequence[str], **options: Any) -> subprocess.Comple
     """Runs a command in a private network; options as of subprocess.run."""
     settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "env": clean_environment()}
     return subprocess.run(private_network_command(argv), **{**settings, **options})
+
+
+def scenario(script: Path, *arguments: object, folder: Path, **environment: str) -> dict[str, Any]:
+    """Runs a script with `folder` as its place, in a private network; what its last line on stderr tells, as JSON."""
+    settings = clean_environment(XDG_STATE_HOME=str(folder / "state"), **environment)
+    command = python(script, *map(str, arguments))
+    done = in_private_network(command, cwd=folder, env=settings, timeout=540)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told: dict[str, Any] = json.loads(done.stderr.strip().splitlines()[-1])
+    return told
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from coe_dist.data.batches import Batch
 from coe_dist.data.beton import write_dataset
 
 IMAGES = 101  # of each split; prime, so that no batch or world size divides it
@@ -16,6 +17,26 @@ IMAGES = 101  # of each split; prime, so that no batch or world size divides it
 def write_small(folder: Path) -> Path:
     write_dataset("fashion-mnist", folder, limit=IMAGES)
     return folder
+
+
+def batches_of(beton: Path, resolution: int, size: int = 64) -> Iterator[Batch]:
+    """A split as evaluation reads it: every image once, in order, without augmentation."""
+    from coe_dist.data.loader import SplitLoader  # imports FFCV, which not every user of this file needs
+
+    loader = SplitLoader(
+        beton,
+        global_batch=size,
+        rank=0,
+        world_size=1,
+        resolution=resolution,
+        seed=0,
+        train=False,
+        augmentation=None,
+    )
+    try:
+        yield from loader.epoch(0)
+    finally:
+        loader.close()
 
 
 def small_config(data: Path, runs: Path, /, **sections: Any) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trained_run import CLASSES, answers_of, images_of, real_run, small_run, write_loads
+from trained_run import CLASSES, answers_of, early_exiting_run, images_of, real_run, small_run, write_loads
 
 from coe_dist import cli
-from coe_dist.coe.early_exit import confidence
 from coe_dist.coe.macs import count_macs
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError
@@ -41,12 +40,7 @@ def _one_thread() -> Iterator[None]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of three experts and its exported folder; class names from the run's own evaluation."""
     folder = tmp_path_factory.mktemp("export")
-    run = small_run(folder, 3)
-    (run / "details-test.json").write_text(json.dumps({"classes": CLASSES}))
-    export_weights(run, folder / "first")
-    with torch.no_grad():
-        logits_NC, _ = CollaborationOfExperts.from_pretrained(folder / "first").delegator(images_of(200))
-    write_loads(run, [0.2, 0.3, 0.5], threshold=float(confidence(logits_NC).quantile(0.6)))
+    run = early_exiting_run(folder)
     assert export_weights(run, folder / "weights") == []
     return run, folder / "weights"
 

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
-from small_data import small_config, write_small
+from small_data import batches_of, small_config, write_small
 
+from coe_dist.coe.early_exit import confidence
 from coe_dist.config import load_config, parse_config
-from coe_dist.data.loader import SplitLoader
 from coe_dist.data.sidecar import SplitInfo
 from coe_dist.inference import CollaborationOfExperts
 from coe_dist.parallel.groups import create_groups
 from coe_dist.training import saving
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.chosen import Networks
+from coe_dist.training.export import export_weights
 from coe_dist.training.job import Job
 from coe_dist.training.networks import NetworkBuilder, averages_of, collaboration_engines
 
@@ -121,6 +122,18 @@ def write_loads(
     (run / "evaluation-validation.json").write_text(json.dumps(content))
 
 
+def early_exiting_run(folder: Path) -> Path:
+    """small_run of three experts that are all chosen, with names of classes and a threshold that ends 60% of
+    images_of(200) early; exported, without the threshold, as <folder>/first."""
+    run = small_run(folder, 3)
+    (run / "details-test.json").write_text(json.dumps({"classes": CLASSES}))
+    export_weights(run, folder / "first")
+    with torch.no_grad():
+        logits_NC, _ = CollaborationOfExperts.from_pretrained(folder / "first").delegator(images_of(200))
+    write_loads(run, [0.2, 0.3, 0.5], threshold=float(confidence(logits_NC).quantile(0.6)))
+    return run
+
+
 def run_jobs(folder: Path) -> None:
     """On every rank: the jobs of <folder>/jobs.json; keeps each one's evaluation-test.json as result-<number>.json."""
     import torch.distributed as dist
@@ -161,21 +174,10 @@ def real_run(base: Path) -> Path:
 
 def answers_of(model: CollaborationOfExperts, data: Path) -> tuple[int, float, list[float]]:
     """The model by itself on the test split: images, top-1, and the fraction of them that each expert is chosen for."""
-    loader = SplitLoader(
-        data / "test.beton",
-        global_batch=37,
-        rank=0,
-        world_size=1,
-        resolution=model.resolution,
-        seed=0,
-        train=False,
-        augmentation=None,
-    )
     images, right, chosen = 0, 0, torch.zeros(len(model.experts), dtype=torch.int64)
-    for batch in loader.epoch(0):
+    for batch in batches_of(data / "test.beton", model.resolution, 37):
         answer = model(batch.images_BCHW)
         images += len(batch.labels_B)
         right += int((answer.probabilities_NC.argmax(1) == batch.labels_B).sum())
         chosen += torch.bincount(answer.expert_N, minlength=len(chosen))
-    loader.close()
     return images, right / images, (chosen / images).tolist()

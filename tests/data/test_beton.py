@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_data import batches_of
 
 from coe_dist.data.beton import write_dataset
 from coe_dist.data.fashion_mnist import ArraySplit, open_fashion_mnist
@@ -207,18 +208,7 @@ def test_pixels_survive_jpeg(tmp_path: Path) -> None:
     for fraction in (0.5, 1.0):
         out = tmp_path / str(fraction)
         write_dataset("fashion-mnist", out, limit=40, jpeg_fraction=fraction, jpeg_quality=95)
-        loader = SplitLoader(
-            out / "test.beton",
-            global_batch=40,
-            rank=0,
-            world_size=1,
-            resolution=28,
-            seed=0,
-            train=False,
-            augmentation=None,
-        )
-        batch = next(loader.epoch(0))
-        loader.close()
+        [batch] = batches_of(out / "test.beton", 28)
         error = np.abs(batch.images_BCHW.numpy()[:, 0].astype(int) - split.images_NHW).mean((1, 2))
         assert batch.labels_B.tolist() == split.labels_N.tolist()
         assert error.max() < 12

@@ -5,27 +5,24 @@ from pathlib import Path
 import numpy as np
 from noise_images import save_noise
 from PIL import Image
+from small_data import batches_of
 
 from coe_dist.data.beton import write_file
-from coe_dist.data.loader import SplitLoader
 from coe_dist.data.samples import read_samples
+from coe_dist.data.sidecar import read_sidecar
 
 SIDE = 40
 
 
 def read_back(beton: Path, resolution: int) -> dict[str, np.ndarray]:
     """File name -> [3,resolution,resolution], without augmentation."""
-    options = {"global_batch": 4, "rank": 0, "world_size": 1, "seed": 0, "train": False, "augmentation": None}
-    loader = SplitLoader(beton, resolution=resolution, **options)
-    samples = read_samples(beton, loader.count)
+    samples = read_samples(beton, read_sidecar(beton).count)
     assert samples is not None
-    found = {
+    return {
         Path(samples[int(i)].file).name: image.numpy()
-        for batch in loader.epoch(0)
+        for batch in batches_of(beton, resolution, 4)
         for i, image in zip(batch.ids_B, batch.images_BCHW, strict=True)
     }
-    loader.close()
-    return found
 
 
 def test_rotation_is_applied_once(tmp_path: Path) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from exported_run import Tracked
 from small_data import small_config
-from trained_run import CLASSES, images_of, small_run, write_loads
+from trained_run import early_exiting_run
 
-from coe_dist.coe.early_exit import confidence
 from coe_dist.config import parse_config
 from coe_dist.exports.mlflow_model import export_mlflow
 from coe_dist.inference import CollaborationOfExperts
@@ -28,14 +26,9 @@ def _one_thread() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three experts that are all chosen; a threshold that ends 60% of the images early; tracking is off."""
     folder = tmp_path_factory.mktemp("exports")
-    run = small_run(folder, 3)
+    run = early_exiting_run(folder)
     config = small_config(folder / "no-data", folder, experts={"count": 3, "per_sample": 3})
     (run / "config.yaml").write_text(parse_config(config).to_yaml())
-    (run / "details-test.json").write_text(json.dumps({"classes": CLASSES}))
-    export_weights(run, folder / "without-threshold")
-    with torch.no_grad():
-        logits_NC, _ = CollaborationOfExperts.from_pretrained(folder / "without-threshold").delegator(images_of(200))
-    write_loads(run, [0.2, 0.3, 0.5], threshold=float(confidence(logits_NC).quantile(0.6)))
     return run
 
 

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_data import batches_of
 from trained_run import small_run
 
 from coe_dist import preparation
 from coe_dist.data.beton import write_dataset
-from coe_dist.data.loader import SplitLoader
 from coe_dist.data.samples import read_samples
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.exports.mlflow_model import export_mlflow
@@ -81,18 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     (run / "details-test.json").write_text(json.dumps({"classes": CLASSES}))
     samples = read_samples(data / "test.beton", info.count)
     assert samples is not None
-    loader = SplitLoader(
-        data / "test.beton",
-        global_batch=64,
-        rank=0,
-        world_size=1,
-        resolution=28,
-        seed=0,
-        train=False,
-        augmentation=None,
-    )
-    [batch] = loader.epoch(0)
-    loader.close()
+    [batch] = batches_of(data / "test.beton", 28)
     shutil.rmtree(data)
     assert export_weights(run, folder / "weights") == []
     assert export_mlflow(run, out=folder / "mlflow").warnings == []

@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 from heard import Heard
 from ray.cluster_utils import Cluster
+from waiting import until
 
 from coe_dist import tracking
 from coe_dist.config import load_config
@@ -48,15 +49,6 @@ def train(job):
 
 def records(run, kind):
     return [record for record in tracking.read_metrics(run) if record["kind"] == kind]
-
-
-def until(found, what, seconds=200):
-    deadline = time.monotonic() + seconds
-    while not (result := found()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.05)
-    return result
 
 
 def trained(run, starts):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from ray_head import DASHBOARD, ray_head
+from waiting import until
 
 from coe_dist import tracking
 
@@ -24,15 +25,6 @@ def coe(*words, **options):
     began = time.monotonic()
     done = subprocess.run([*COE, *words], capture_output=True, text=True, timeout=200, check=False, **options)
     return {"code": done.returncode, "out": done.stdout, "err": done.stderr, "seconds": time.monotonic() - began}
-
-
-def until(found, what, seconds=150):
-    deadline = time.monotonic() + seconds
-    while not (result := found()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.1)
-    return result
 
 
 def starts(run):

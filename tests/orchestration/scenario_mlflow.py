@@ -8,9 +8,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
+
+from waiting import PATIENCE_SECONDS, until
 
 from coe_dist import tracking
 from coe_dist.config import load_config
@@ -18,23 +19,13 @@ from coe_dist.tracking.store import read_json
 from coe_dist.training.stopping import preempted_at, request_stop
 
 COE = [sys.executable, "-m", "coe_dist"]
-PATIENCE_SECONDS = 200
-
-
-def until(found, what):
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (result := found()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.05)
-    return result
 
 
 class Server:
     def __init__(self, script, folder):
         with open(f"{folder}.log", "a") as log:
             self.process = subprocess.Popen([script, folder, "5000"], stdout=log, stderr=log, start_new_session=True)
-        until(self.answers, f"answer of the server: {Path(f'{folder}.log').read_text()[-2000:]}")
+        until(self.answers, f"answer of the server (see {folder}.log)", process=self.process)
 
     def answers(self):
         try:

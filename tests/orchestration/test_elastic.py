@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from namespaces import clean_environment, in_private_network, python
+from namespaces import scenario
 from small_data import IMAGES, small_config, write_config, write_small
 
 from coe_dist.config import parse_config
@@ -28,17 +28,17 @@ def found(tmp_path_factory):
         workers={"min": 1, "max": 2, "device": "cpu", "max_failures": 3},
         tracking={"enabled": True, "every_steps": 1},
     )
-    environment = clean_environment(
-        OMP_NUM_THREADS="1",
+    told = scenario(
+        SCENARIO,
+        folder,
+        write_config(folder / "config.yaml", content),
+        folder=folder,
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN="0123456789abcdef" * 4,
         RAY_USAGE_STATS_ENABLED="0",
         RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3",
     )
-    config = write_config(folder / "config.yaml", content)
-    done = in_private_network(python(SCENARIO, str(folder), str(config)), cwd=folder, env=environment, timeout=540)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {**json.loads(done.stderr.strip().splitlines()[-1]), "run": folder / "runs" / "run"}
+    return {**told, "run": folder / "runs" / "run"}
 
 
 def test_workers_follow_the_machines(found):

@@ -4,12 +4,12 @@ import os
 import secrets
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from namespaces import clean_environment, private_network_command, python
+from waiting import until
 
 SCENARIO = Path(__file__).with_name("scenario_interrupted.py")
 
@@ -48,11 +48,7 @@ def test_no_process_is_left_behind(tmp_path, number, whole_group, raised, code):
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 240
-        while len(list(run_dir.glob("started-*"))) < 2:
-            assert process.poll() is None, "it ended by itself"
-            assert time.monotonic() < deadline, "the workers did not start"
-            time.sleep(0.1)
+        until(lambda: len(list(run_dir.glob("started-*"))) >= 2, "the workers' start", process=process)
         assert len(left_behind(mark)) > 5  # the search sees Ray's processes while they live
         (os.killpg if whole_group else os.kill)(process.pid, number)
         output, _ = process.communicate(timeout=60)

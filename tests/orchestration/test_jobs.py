@@ -1,10 +1,9 @@
 """`coe-dist launch`, `jobs`, `logs` and `stop` on a real Ray head; what is uploaded, and what is refused before."""
 
-import json
 from pathlib import Path
 
 import pytest
-from namespaces import ROOT, clean_environment, in_private_network, python
+from namespaces import ROOT, scenario
 from small_data import write_small
 
 from coe_dist.config import load_config
@@ -21,13 +20,7 @@ SCENARIO = Path(__file__).with_name("scenario_jobs.py")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     data = write_small(folder / "data")
-    environment = clean_environment(OMP_NUM_THREADS="1", XDG_STATE_HOME=str(folder / "state"))
-    environment["PYTHONPATH"] += f":{SCENARIO.parent}"
-    done = in_private_network(
-        python(SCENARIO, str(folder), str(data), str(ROOT)), cwd=folder, env=environment, timeout=540
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {**json.loads(done.stderr.strip().splitlines()[-1]), "folder": folder}
+    return {**scenario(SCENARIO, folder, data, ROOT, folder=folder), "folder": folder}
 
 
 def test_a_launch_can_be_left_and_the_run_goes_on(found):

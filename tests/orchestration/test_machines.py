@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 from namespaces import clean_environment, machines
 from small_data import small_config, write_config, write_small
-from train_command import COMMAND, PATIENCE_SECONDS, only_mlflow_run
+from train_command import COMMAND, only_mlflow_run
+from waiting import PATIENCE_SECONDS, until
 
 from coe_dist.orchestration.processes import end_marked, marked_processes, marking_variable, new_mark
 from coe_dist.tracking import read_metrics
@@ -109,14 +109,9 @@ def test_a_run_outlives_a_machine_cut_off_and_a_machine_killed(cluster, tmp_path
 
     def trained(starts):
         """Waits for the given start and some steps and a save after it."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            begun = records("start")[starts - 1 :]
-            if begun and any(save["time"] > begun[-1]["time"] for save in records("checkpoint")):
-                return begun[-1]
-            assert process.poll() is None, f"it ended before start {starts}: {process.communicate()}"
-            assert time.monotonic() < deadline, f"no start {starts} in time"
-            time.sleep(0.05)
+        start = until(lambda: records("start")[starts - 1 :], f"start {starts}", process=process)[-1]
+        until(lambda: any(save["time"] > start["time"] for save in records("checkpoint")), "a save", process=process)
+        return start
 
     try:
         assert trained(1)["world_size"] == 2

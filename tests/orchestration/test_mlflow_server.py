@@ -1,10 +1,9 @@
 """A tracking server as cluster/ starts it, killed while a run trains: nothing is lost, and training does not wait."""
 
-import json
 from pathlib import Path
 
 import pytest
-from namespaces import ROOT, clean_environment, in_private_network, python
+from namespaces import ROOT, scenario
 from small_data import small_config, write_config, write_small
 
 from coe_dist.tracking.store import connect
@@ -22,12 +21,8 @@ def found(tmp_path_factory):
         workers={"count": 1, "device": "cpu"},
         tracking={"enabled": True, "every_steps": 1, "uri": "http://127.0.0.1:5000"},
     )
-    environment = clean_environment(OMP_NUM_THREADS="1", XDG_STATE_HOME=str(folder / "state"))
     config = write_config(folder / "config.yaml", content)
-    arguments = python(SCENARIO, str(folder), str(config), str(ROOT))
-    done = in_private_network(arguments, cwd=folder, env=environment, timeout=540)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {**json.loads(done.stderr.strip().splitlines()[-1]), "folder": folder}
+    return {**scenario(SCENARIO, folder, config, ROOT, folder=folder), "folder": folder}
 
 
 def test_training_goes_on_without_the_server_and_says_so_once(found):

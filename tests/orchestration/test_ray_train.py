@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from namespaces import clean_environment, in_private_network, python
+from namespaces import scenario
 
 from coe_dist.config import parse_config
 from coe_dist.errors import InputError
@@ -21,11 +21,7 @@ SCENARIO = Path(__file__).with_name("scenario_session.py")
 def found(tmp_path_factory):
     """All runs of one session: Ray takes seconds to start, so they share one."""
     folder = tmp_path_factory.mktemp("session")
-    done = in_private_network(
-        python(SCENARIO), cwd=folder, env=clean_environment(XDG_STATE_HOME=str(folder / "state")), timeout=540
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {**json.loads(done.stderr.strip().splitlines()[-1]), "folder": folder}
+    return {**scenario(SCENARIO, folder=folder), "folder": folder}
 
 
 def test_workers_find_torchruns_environment_and_a_working_group(found):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from namespaces import clean_environment, in_private_network, python
+from namespaces import scenario
 
 SCENARIO = Path(__file__).with_name("scenario_router.py")
 
@@ -14,11 +14,7 @@ SCENARIO = Path(__file__).with_name("scenario_router.py")
 def found(tmp_path_factory):
     """All runs of one session: Ray takes seconds to start, so they share one."""
     folder = tmp_path_factory.mktemp("router")
-    done = in_private_network(
-        python(SCENARIO), cwd=folder, env=clean_environment(XDG_STATE_HOME=str(folder / "state")), timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stderr.strip().splitlines()[-1])
+    told = scenario(SCENARIO, folder=folder)
     return {"told": told, **{name: [*map(read, sorted((folder / name).glob("rank-*.json")))] for name in told}}
 
 

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from namespaces import clean_environment, machines, python
+from waiting import until
 
 SCENARIO = Path(__file__).with_name("scenario_head.py")
 CLIENT = "import sys, ray; print(len(ray._raylet.GcsClient(address=sys.argv[1]).get_all_node_info()), 'node')"
@@ -37,11 +37,7 @@ def test_only_the_token_opens_a_session_to_another_machine(networks, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 90
-        while not announcement.exists():
-            assert head.poll() is None, "the head ended by itself"
-            assert time.monotonic() < deadline, "the head did not start"
-            time.sleep(0.1)
+        until(announcement.exists, "the head's start", process=head)
         address = announcement.read_text()
         assert address.startswith(networks.addresses[0])
         token = state / "coe_dist" / "ray-token"

@@ -4,17 +4,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
-import pytest
 from namespaces import clean_environment, private_network_command
+from waiting import PATIENCE_SECONDS, until
 
 from coe_dist.tracking import read_metrics
 from coe_dist.tracking.store import connect
 
 COMMAND = [sys.executable, "-c", "from coe_dist.cli import main; main()", "train"]
-PATIENCE_SECONDS = 240  # of a busy machine; nothing is measured by it
 
 
 class Command:
@@ -32,13 +30,7 @@ class Command:
         )
 
     def until(self, found, what):
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (result := found()):
-            if self.process.poll() is not None:
-                pytest.fail(f"it ended before {what}: {self.process.communicate()}")
-            assert time.monotonic() < deadline, f"no {what} in time"
-            time.sleep(0.002)
-        return result
+        return until(found, what, process=self.process, every=0.002)
 
     def records(self, kind):
         return [record for record in read_metrics(self.run) if record["kind"] == kind]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from trained_run import CLASSES, images_of, small_run, write_loads
+from trained_run import early_exiting_run, images_of
 
 from coe_dist.coe.early_exit import confidence, curve
 from coe_dist.inference import CollaborationOfExperts
@@ -30,15 +30,11 @@ def _one_thread() -> Iterator[None]:
 def small_predictor(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(run, exported folder). The run's evaluation on validation has a curve of 200 images and its threshold."""
     folder = tmp_path_factory.mktemp("predictor")
-    run = small_run(folder, 3)
-    (run / "details-test.json").write_text(json.dumps({"classes": CLASSES}))
+    run = early_exiting_run(folder)
     (run / "config.yaml").write_text(open_collaboration(run).config.to_yaml())
-    export_weights(run, folder / "first")
     model = CollaborationOfExperts.from_pretrained(folder / "first")
     with torch.no_grad():
         logits_NC, _ = model.delegator(images_of(200))
-    threshold = float(confidence(logits_NC).quantile(0.6))
-    write_loads(run, [0.2, 0.3, 0.5], threshold=threshold)
     flags, macs = [1] * 200, [model.expert_macs[0]] * 200
     thresholds = [0.0, *confidence(logits_NC).quantile(torch.linspace(0.1, 0.9, 5)).tolist(), 2.0]
     points = curve(confidence(logits_NC), flags, flags, macs, model.delegator_macs, thresholds)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from namespaces import clean_environment, in_private_network
+from small_data import batches_of
 from trained_run import real_run
 
 from coe_dist.coe.calibration import ece
 from coe_dist.coe.early_exit import confidence
-from coe_dist.data.loader import SplitLoader
 from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts
 from coe_dist.orchestration.calibrate import calibrate, show_calibration
@@ -44,11 +44,8 @@ def images(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Images:
     model = CollaborationOfExperts.from_pretrained(weights)
     model.threshold = None
     beton = real_run(tmp_path_factory.getbasetemp()).parent / "data" / "validation.beton"
-    loader = SplitLoader(
-        beton, global_batch=50, rank=0, world_size=1, resolution=28, seed=0, train=False, augmentation=None
-    )
     found: Images = []
-    for batch in loader.epoch(0):
+    for batch in batches_of(beton, 28, 50):
         with torch.no_grad():
             rough_NC, _ = model.delegator(batch.images_BCHW)
         answer = model(batch.images_BCHW)
@@ -60,7 +57,6 @@ def images(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Images:
             answer.macs_N.tolist(),
             strict=True,
         )
-    loader.close()
     return found
 
 

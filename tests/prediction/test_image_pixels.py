@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import batches_of
 
 from coe_dist.data.beton import write_dataset
 from coe_dist.data.fashion_mnist import open_fashion_mnist
-from coe_dist.data.loader import SplitLoader
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.prediction.decode import decode
 from coe_dist.prediction.files import Broken
@@ -35,11 +35,7 @@ def tree_of(root: Path, sizes: list[tuple[int, int]]) -> Path:
 
 
 def loaded(beton: Path, resolution: int) -> list[bytes]:
-    loader = SplitLoader(
-        beton, global_batch=8, rank=0, world_size=1, resolution=resolution, seed=0, train=False, augmentation=None
-    )
-    images = torch.cat([batch.images_BCHW for batch in loader.epoch(0)])
-    loader.close()
+    images = torch.cat([batch.images_BCHW for batch in batches_of(beton, resolution, 8)])
     return [image.numpy().tobytes() for image in images]
 
 
