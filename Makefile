@@ -3,7 +3,7 @@
 # make test       sets this machine up, then runs the tests
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 COE = .venv/bin/coe-dist
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+PYTEST = .venv/bin/python -m pytest
 
 TWO_FILES = -n 2 --dist loadfile
 

@@ -1,10 +1,16 @@
-"""Long tests run only when asked for (`make test-full`, `make docs-check`); no generated example has a time limit."""
+"""Long tests run only when asked for (`make test-full`, `make docs-check`); no generated example has a time limit; all
+processes have one thread, since with tiny networks more of them only wait for each other."""
 
 from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -25,3 +31,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
+    """Runs `coe-dist ARGUMENTS` in this process; gives its exit code, standard output and standard error."""
+    from coe_dist import cli
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["coe-dist", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, *capsys.readouterr()
+
+    return run

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from trained_run import CLASSES, answers_of, early_exiting_run, images_of, real_run, small_run, write_loads
 
-from coe_dist import cli
 from coe_dist.coe.macs import count_macs
 from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError
@@ -25,15 +24,6 @@ from coe_dist.inference import CollaborationOfExperts
 from coe_dist.training.export import export_weights
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """For tiny networks more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -234,33 +224,29 @@ def test_a_folder_that_does_not_fit_is_refused(kind: str, folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_exported(
-    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def command(run: Path, out: Path) -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["coe-dist", "export", "weights", str(run), "--out", str(out)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code, "".join(capsys.readouterr())
+def test_what_cannot_be_exported(exported: tuple[Path, Path], tmp_path: Path, command: Callable[..., Any]) -> None:
+    def export(run: Path, out: Path) -> tuple[object, str]:
+        code, *told = command("export", "weights", run, "--out", out)
+        return code, "".join(told)
 
     run, weights = exported
-    assert command(run, tmp_path / "again") == (0, f"{tmp_path / 'again'}\n")
+    assert export(run, tmp_path / "again") == (0, f"{tmp_path / 'again'}\n")
     assert (tmp_path / "again" / "config.json").read_bytes() == (weights / "config.json").read_bytes()
-    assert command(run, weights) == (
+    assert export(run, weights) == (
         2,
         f"coe-dist: --out: {weights} is not allowed; it exists already, give a new folder\n",
     )
-    assert command(tmp_path, tmp_path / "x") == (2, f"coe-dist: {tmp_path}: it holds no valid checkpoint\n")
+    assert export(tmp_path, tmp_path / "x") == (2, f"coe-dist: {tmp_path}: it holds no valid checkpoint\n")
     other = small_run(tmp_path, 3, early_exit={"macs_budget": 9e9})
-    code, text = command(other, tmp_path / "x")
+    code, text = export(other, tmp_path / "x")
     assert code == 2
     assert "no threshold is calibrated yet for early_exit.macs_budget = 9e+09; run `coe-dist calibrate" in text
     write_loads(other, [1, 0, 0], threshold=0.5)
-    code, text = command(other, tmp_path / "x")
+    code, text = export(other, tmp_path / "x")
     assert code == 2
     assert "train.beton: no such file" in text
     (other / "details-test.json").write_text('{"classes": ["a", "b"]}')
-    code, text = command(other, tmp_path / "x")
+    code, text = export(other, tmp_path / "x")
     assert code == 2
     assert "2 classes are not allowed; the networks answer with 10" in text
     assert not (tmp_path / "x").exists()

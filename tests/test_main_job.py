@@ -52,10 +52,6 @@ def artifacts(runs: Path, name: str) -> set[str]:
     return {item.path for item in connect(f"sqlite:///{runs / 'mlflow.db'}").list_artifacts(run.info.run_id)}
 
 
-def environment() -> dict[str, str]:
-    return clean_environment(OMP_NUM_THREADS="1")
-
-
 def test_demo_trains_three_systems_and_compares_them(place: Path) -> None:
     arguments = [
         "demo",
@@ -64,7 +60,7 @@ def test_demo_trains_three_systems_and_compares_them(place: Path) -> None:
         "workers.oversubscribe=true",
         *SMALL,
     ]
-    done = in_private_network([*COMMAND, *arguments], cwd=place, env=environment(), timeout=550)
+    done = in_private_network([*COMMAND, *arguments], cwd=place, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     run = place / "runs/demo"
     summary = json.loads((run / "summary.json").read_text())
@@ -97,7 +93,7 @@ def test_demo_trains_three_systems_and_compares_them(place: Path) -> None:
 def test_evaluate_prints_the_contract(place: Path) -> None:
     run = place / "runs/demo"
     stored = json.loads((run / "evaluation-test.json").read_text())
-    done = in_private_network([*COMMAND, "evaluate", str(run), "--json"], cwd=place, env=environment(), timeout=300)
+    done = in_private_network([*COMMAND, "evaluate", str(run), "--json"], cwd=place, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert {"split", "images", "top1", "exit_rate", "average_macs", "load", "threshold", "curve"} <= set(result)
@@ -114,7 +110,7 @@ def training(place: Path, name: str, *overrides: str) -> Iterator[subprocess.Pop
     process = subprocess.Popen(
         private_network_command([*COMMAND, *arguments, "workers.oversubscribe=true", *overrides]),
         cwd=place,
-        env=environment(),
+        env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -16,8 +16,6 @@ from coe_dist.bench.inference_networks import MACS_TOLERANCE, Networks, build_ne
 from coe_dist.bench.inference_systems import Batch, soft_mixture, systems
 from coe_dist.bench.run import run_bench
 
-torch.set_num_threads(1)  # on a busy machine threads only wait for each other
-
 
 @pytest.fixture(scope="module")
 def networks() -> Networks:

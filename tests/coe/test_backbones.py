@@ -15,8 +15,6 @@ from coe_dist.coe.pwlu import realign, take_sums, track, units
 from coe_dist.parallel.batchnorm import split_batchnorm
 from coe_dist.parallel.groups import Group
 
-torch.set_num_threads(1)  # many tiny operations: on a busy machine threads only wait for each other
-
 
 def arguments(channels: int = 1, classes: int = 10, seed: int = 0) -> dict[str, Any]:
     return {"channels": channels, "classes": classes, "mean": [0.4] * channels, "std": [0.3] * channels, "seed": seed}

@@ -16,7 +16,6 @@ from coe_dist.coe.backbones import build_classifier, build_delegator
 from coe_dist.coe.collaboration import Answer, CollaborationOfExperts
 from coe_dist.coe.packing import PackedConvolution
 
-torch.set_num_threads(1)  # many tiny operations: on a busy machine threads only wait for each other
 SHAPE: dict[str, Any] = {"channels": 1, "classes": 4, "mean": [0.5], "std": [0.2]}
 
 

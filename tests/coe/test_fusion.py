@@ -12,7 +12,6 @@ from torch import nn
 from coe_dist.coe.backbones import build_classifier
 from coe_dist.coe.fusion import fuse_batchnorm
 
-torch.set_num_threads(1)
 COMMON: list[tuple[str, dict[str, Any]]] = [
     ("small_cnn", {}),
     ("small_cnn", {"activation": "pwlu"}),

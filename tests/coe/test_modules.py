@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from coe_dist.coe import modules
 
-torch.set_num_threads(1)  # many tiny operations: on a busy machine threads only wait for each other
 quick = settings(deadline=None, max_examples=40)
 
 

@@ -16,8 +16,6 @@ from coe_dist.coe.backbones import build_classifier
 from coe_dist.coe.fusion import fuse_batchnorm
 from coe_dist.coe.packing import PackedConvolution, pack_convolutions
 
-torch.set_num_threads(1)
-
 
 def packed_layers(network: nn.Module) -> int:
     return sum(isinstance(layer, PackedConvolution) for layer in network.modules())

@@ -15,8 +15,6 @@ from torch import nn
 from coe_dist.coe import pwlu_kernels
 from coe_dist.coe.pwlu import PWLU, realign, take_sums, track, tracking, units
 
-torch.set_num_threads(1)
-
 
 def naive(x: torch.Tensor, unit: PWLU) -> torch.Tensor:
     """The three lines of the definition, one channel at a time; autograd makes the gradients."""

@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def run(place: Path, script: str) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = clean_environment(PATH=path, OMP_NUM_THREADS="1", HOME=str(place / "home"))
+    environment = clean_environment(PATH=path, HOME=str(place / "home"))
     done = in_private_network(["bash", "-euo", "pipefail", "-c", script], cwd=place, env=environment, timeout=880)
     assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 

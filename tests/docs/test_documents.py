@@ -94,7 +94,7 @@ def package(tmp_path: Path) -> Path:
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     bin_folder = str(Path(sys.executable).parent)
     path = os.pathsep.join([bin_folder, os.environ["PATH"]])
-    env = clean_environment(**{"PATH": path, "OMP_NUM_THREADS": "1", **environment})
+    env = clean_environment(**{"PATH": path, **environment})
     return in_private_network(["bash", "-euc", script], cwd=ROOT, env=env)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from exported_run import Tracked
 from small_data import small_config
 from trained_run import early_exiting_run
@@ -15,11 +14,6 @@ from coe_dist.exports.mlflow_model import export_mlflow
 from coe_dist.inference import CollaborationOfExperts
 from coe_dist.tracking import finish_run, start_run
 from coe_dist.training.export import export_weights
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

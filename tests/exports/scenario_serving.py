@@ -39,7 +39,7 @@ def main(programs, model, folder):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
-    environment |= {"PATH": f"{programs}:{environment['PATH']}", "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "true"}
+    environment |= {"PATH": f"{programs}:{environment['PATH']}", "DO_NOT_TRACK": "true"}
     command = [f"{programs}/mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from bare_environment import bare_environment
 from exported_run import Tracked
 from trained_run import images_of
 
-from coe_dist import cli
 from coe_dist.inference import CollaborationOfExperts
 from coe_dist.preparation import Preparation
 from coe_dist.tracking.store import connect
@@ -95,7 +95,7 @@ def told(tracked: Tracked, images_NCHW: Any, tmp_path_factory: pytest.TempPathFa
     programs = bare_environment(folder / "env", (tracked.out / "requirements.txt").read_text().splitlines())
     np.save(folder / "images.npy", images_NCHW)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
-    environment |= {"MLFLOW_TRACKING_URI": tracked.uri, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= {"MLFLOW_TRACKING_URI": tracked.uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
     done = subprocess.run(
         [programs / "python", "-c", LOADER], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -147,21 +147,8 @@ def test_what_it_cannot_answer_is_refused(told: dict[str, Any], kind: str, words
     assert words in message
 
 
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[object, str, str]:
-    monkeypatch.setattr(sys, "argv", ["coe-dist", "export", "mlflow", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return caught.value.code, *capsys.readouterr()
-
-
-def test_the_command(
-    run: Path, tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def tell(*arguments: object) -> tuple[object, str, str]:
-        return command(monkeypatch, capsys, *arguments)
-
+def test_the_command(run: Path, tracked: Tracked, tmp_path: Path, command: Callable[..., Any]) -> None:
+    tell = functools.partial(command, "export", "mlflow")
     assert tell(run, "--out", tmp_path / "model") == (0, f"{tmp_path / 'model'}\n", "")
     assert (tmp_path / "model" / "MLmodel").is_file()
     code, out, _ = tell(tracked.run)
@@ -183,13 +170,13 @@ def test_the_command(
 
 
 def test_a_server_that_is_gone_costs_a_warning_where_a_folder_is_given(
-    tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
-    code, out, error = command(monkeypatch, capsys, tracked.run, "--out", tmp_path / "model")
+    code, out, error = command("export", "mlflow", tracked.run, "--out", tmp_path / "model")
     assert (code, out) == (0, f"{tmp_path / 'model'}\n")
     assert "tracking.uri: http://***@127.0.0.1:9 did not take the model" in error
-    code, out, error = command(monkeypatch, capsys, tracked.run, "--out", tmp_path / "other", "--register", "x")
+    code, out, error = command("export", "mlflow", tracked.run, "--out", tmp_path / "other", "--register", "x")
     assert (code, out) == (2, "")
     assert "did not take the model" in error
     assert "secret" not in error

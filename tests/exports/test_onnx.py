@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from trained_run import CLASSES, images_of, small_run
 
-from coe_dist import cli
 from coe_dist.coe.early_exit import probabilities
 from coe_dist.coe.pwlu import realign, units
 from coe_dist.errors import InputError
@@ -276,25 +274,23 @@ def test_images_that_would_be_answered_wrongly_are_refused(graphs: Path) -> None
 
 
 def test_what_cannot_be_exported(
-    run: Path, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
-    def command(*arguments: object) -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["coe-dist", "export", "onnx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code, "".join(capsys.readouterr())
+    def export(*arguments: object) -> tuple[object, str]:
+        code, *told = command("export", "onnx", *arguments)
+        return code, "".join(told)
 
-    assert command(run, "--out", tmp_path / "graphs") == (0, f"{tmp_path / 'graphs'}\n")
-    code, text = command(run, "--out", graphs)
+    assert export(run, "--out", tmp_path / "graphs") == (0, f"{tmp_path / 'graphs'}\n")
+    code, text = export(run, "--out", graphs)
     assert (code, text) == (2, f"coe-dist: --out: {graphs} is not allowed; it exists already, give a new folder\n")
-    assert command(tmp_path, "--out", tmp_path / "x") == (2, f"coe-dist: {tmp_path}: it holds no valid checkpoint\n")
-    assert command(run, "--out", tmp_path / "x", "--weights", "ema")[0] == 2
+    assert export(tmp_path, "--out", tmp_path / "x") == (2, f"coe-dist: {tmp_path}: it holds no valid checkpoint\n")
+    assert export(run, "--out", tmp_path / "x", "--weights", "ema")[0] == 2
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else find(name, *rest)
     )
-    code, text = command(run, "--out", tmp_path / "x")
+    code, text = export(run, "--out", tmp_path / "x")
     assert code == 2
     assert text == "coe-dist: export onnx needs the package onnxscript; run: pip install 'coe-dist[onnx]'\n"
     assert not (tmp_path / "x").exists()

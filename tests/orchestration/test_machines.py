@@ -28,7 +28,6 @@ class Cluster:
         self.network, self.folder, self.marks = network, folder, {}
         self.address = f"{network.addresses[0]}:6379"
         self.environment = clean_environment(
-            OMP_NUM_THREADS="1",
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=secrets.token_hex(32),
             RAY_USAGE_STATS_ENABLED="0",

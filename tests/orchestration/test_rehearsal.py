@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from namespaces import ROOT, clean_environment, in_private_network
+from namespaces import ROOT, in_private_network
 from trained_run import small_run
 
 from coe_dist import tracking
@@ -257,8 +257,7 @@ def test_refusals(tmp_path: Path, options: dict[str, Any], words: str) -> None:
 @pytest.mark.timeout(1800)
 def test_the_whole_of_it(tmp_path: Path) -> None:
     options = ["--classes", "20", "--per-class", "8", "workers.oversubscribe=true"]
-    environment = clean_environment(OMP_NUM_THREADS="1")
-    done = in_private_network([*COMMAND, str(LARGE), *options], cwd=tmp_path, env=environment, timeout=1700)
+    done = in_private_network([*COMMAND, str(LARGE), *options], cwd=tmp_path, timeout=1700)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok  ", "FAILED  "))]
     assert len(lines) == 13

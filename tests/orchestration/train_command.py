@@ -22,7 +22,7 @@ class Command:
         self.run = run
         self.process = subprocess.Popen(
             private_network_command([*COMMAND, str(config), *overrides]),
-            env=clean_environment(OMP_NUM_THREADS="1", XDG_STATE_HOME=str(run.parents[1] / "state")),
+            env=clean_environment(XDG_STATE_HOME=str(run.parents[1] / "state")),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pytest
 import torch
 from trained_run import CLASSES, images_of
 
-from coe_dist import cli
 from coe_dist.data.beton import write_dataset
 from coe_dist.data.sidecar import WriteOptions, read_sidecar, write_sidecar
 from coe_dist.errors import InputError
@@ -78,21 +78,14 @@ def test_csv_table_and_json(
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: Callable[..., Any],
 ) -> None:
     """Through the command line, in this process."""
     run, weights = small_predictor
     monkeypatch.chdir(pictures)
     out = tmp_path / "answers.csv"
 
-    def coe_dist(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["coe-dist", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        told = capsys.readouterr()
-        return int(ended.value.code or 0), told.out, told.err
-
-    code, output, errors = coe_dist("predict", str(run), ".", "--csv", str(out), "--top", "2")
+    code, output, errors = command("predict", str(run), ".", "--csv", str(out), "--top", "2")
     assert code == 0
     assert f"{out!s}" in output.splitlines()
     assert "; 2 could not be read" in output
@@ -108,20 +101,20 @@ def test_csv_table_and_json(
     assert os.listdir(tmp_path) == ["answers.csv"]
 
     before = out.read_bytes()
-    code, _, errors = coe_dist("predict", str(run), "00.png", "--csv", str(out))
+    code, _, errors = command("predict", str(run), "00.png", "--csv", str(out))
     assert (code, out.read_bytes()) == (2, before)
     assert errors == f"coe-dist: --csv: {out} is not allowed; it exists; give another name, or --overwrite\n"
-    code, output, _ = coe_dist("predict", str(run), "00.png", "0[0-3].png", "--csv", str(out), "--overwrite", "--json")
+    code, output, _ = command("predict", str(run), "00.png", "0[0-3].png", "--csv", str(out), "--overwrite", "--json")
     assert code == 0
     assert [row["file"] for row in json.loads(output)["predictions"]] == ["00.png", "01.png", "02.png", "03.png"]
     assert len(out.read_text().splitlines()) == 5
 
-    code, output, _ = coe_dist("predict", str(weights), "03.png", "--top", "2")
+    code, output, _ = command("predict", str(weights), "03.png", "--top", "2")
     assert code == 0
     assert "03.png" in output
     assert f"{expected[3][1][0]:.4f}" in output
     assert f"{expected[3][0][1]} {expected[3][1][1]:.4f}" in output
-    code, _, errors = coe_dist("predict", str(weights), *BROKEN, "--csv", str(tmp_path / "none.csv"))
+    code, _, errors = command("predict", str(weights), *BROKEN, "--csv", str(tmp_path / "none.csv"))
     assert code == 2
     assert errors.splitlines()[-1].startswith("coe-dist: IMAGES: none of 2 files could be read; the first: 20-broken")
     assert os.listdir(tmp_path) == ["answers.csv"]

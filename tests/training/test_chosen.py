@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from trained_run import CLASSES, small_run, write_loads
 
-from coe_dist import cli
 from coe_dist.errors import InputError
 from coe_dist.inference import read_config
 from coe_dist.prediction.model import open_model
@@ -75,15 +75,7 @@ def test_only_the_latest_gives_way_to_another(run: Path) -> None:
     assert find_save(run, "3") == damaged.parent
 
 
-def test_commands_take_the_save_that_is_asked_for(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def command(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["coe-dist", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code, *capsys.readouterr()
-
+def test_commands_take_the_save_that_is_asked_for(run: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
     doubt = "coe-dist: the early-exit threshold 0.25 was calibrated for the raw weights of step 2, not for the raw "
     for checkpoint, step in (("best", 2), ("1", 1), ("latest", 3)):
         code, told, _ = command("inspect", run, "--checkpoint", checkpoint, "--json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from safetensors.torch import load_file
 from small_data import small_config
 from trained_run import CLASSES, answers_of, images_of, job_of, run_on_two_ranks, small_run, write_loads
 
-from coe_dist import cli
 from coe_dist.config import parse_config
 from coe_dist.errors import InputError
 from coe_dist.inference import CollaborationOfExperts, read_config
@@ -40,24 +40,12 @@ def with_classes(run: Path) -> Path:
     return run
 
 
-def command(
-    arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[object, str, str]:
-    monkeypatch.setattr(sys, "argv", ["coe-dist", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    output = capsys.readouterr()
-    return caught.value.code, output.out, output.err
-
-
 def same_weights(network: torch.nn.Module, file: Path) -> bool:
     weights = load_file(file)
     return all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
 
 
-def test_an_export_holds_the_averages_unless_raw_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_holds_the_averages_unless_raw_is_asked_for(tmp_path: Path, command: Callable[..., Any]) -> None:
     run = averaged_run(tmp_path, 3)
     write_loads(run, [0.2, 0.3, 0.5], threshold=0.25, calibrated_for=Networks(3, "ema"))
     export = ["export", "weights", run, "--out"]
@@ -71,7 +59,7 @@ def test_an_export_holds_the_averages_unless_raw_is_asked_for(
         ("last", ["--weights", "raw"], "raw", note),
     ):
         out, end = tmp_path / name, {"ema": "ema.safetensors", "raw": "safetensors"}[kind]
-        assert command([*export, out, *options], monkeypatch, capsys) == (0, f"{out}\n", warning)
+        assert command(*export, out, *options) == (0, f"{out}\n", warning)
         assert read_config(out).weights == kind
         assert json.loads((out / "config.json").read_text())["weights"] == kind
         model = CollaborationOfExperts.from_pretrained(out)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from trained_run import small_run, write_loads
 
-from coe_dist import cli
 from coe_dist.config import OptimizerConfig, TrainingConfig
 from coe_dist.errors import InputError
 from coe_dist.parallel.groups import create_groups
@@ -119,15 +119,13 @@ def test_the_run_of_a_single_network(tmp_path: Path) -> None:
         open_collaboration(tmp_path)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, command: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     run = small_run(tmp_path, 4)
     write_loads(run, [0.125, 0.375, 0.5, 0.0])
-    for options in ([], ["--json"]):
-        monkeypatch.setattr(sys, "argv", ["coe-dist", "inspect", str(run), *options])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 0
-    text, line = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    code, text, _ = command("inspect", run)
+    assert code == 0
+    code, line, _ = command("inspect", run, "--json")
+    assert code == 0
     result = json.loads(line)
     assert result == inspect_run(run)
     for words in (result["networks"][2]["sha256"][:12], "37.50%", "every file verifies"):
@@ -135,8 +133,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     (run / "checkpoints" / "step-00000003" / "expert-0000.safetensors").unlink()
     show_inspection(inspect_run(run))
     assert "damaged; training would go on from the beginning" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["coe-dist", "inspect", str(tmp_path)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == f"coe-dist: {tmp_path}: it holds no checkpoint with a readable manifest\n"
+    nothing = f"coe-dist: {tmp_path}: it holds no checkpoint with a readable manifest\n"
+    assert command("inspect", tmp_path) == (2, "", nothing)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 import json
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from trained_run import INFO, images_of, job_of, real_run, run_on_two_ranks, small_run, write_loads
 
-from coe_dist import cli
 from coe_dist.coe.collaboration import Answer, CollaborationOfExperts
 from coe_dist.config import load_config
 from coe_dist.errors import InputError
@@ -191,7 +190,13 @@ def test_a_damaged_save_is_passed_over_with_a_note(tmp_path: Path) -> None:
     assert "step-00000003 is damaged" in scaled.notes[0]
 
 
-def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(tmp_path: Path, command: Callable[..., Any]) -> None:
+    def refused(*arguments: object) -> str:
+        """The one line of `coe-dist scale ARGUMENTS`, which must exit with 2."""
+        code, output, errors = command("scale", *arguments)
+        assert (code, output, len(errors.splitlines())) == (2, "", 1), errors
+        return errors.removeprefix("coe-dist: ")
+
     run, out = small_run(tmp_path, 4), tmp_path / "out"
     (tmp_path / "there").mkdir()
     shutil.copytree(run, tmp_path / "broken")
@@ -222,25 +227,13 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ]
     (run / "config.yaml").write_text("")  # a file, in the way of --out
     for source, words in ((tmp_path / "nowhere", ""), (tmp_path / "broken", "expert-0002.safetensors is missing")):
-        message = refused([source, "--experts", "6", "--out", out], monkeypatch, capsys)
+        message = refused(source, "--experts", "6", "--out", out)
         assert message.startswith(f"{source}: it holds no valid checkpoint")
         assert words in message
     for arguments, words in cases:
-        assert words in refused([run, *arguments], monkeypatch, capsys)
+        assert words in refused(run, *arguments)
     assert not out.exists()
     assert not list(tmp_path.glob(".*"))
-
-
-def refused(arguments: Sequence[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of `coe-dist scale ARGUMENTS`, which must exit with 2."""
-    monkeypatch.setattr(sys, "argv", ["coe-dist", "scale", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    output = capsys.readouterr()
-    assert caught.value.code == 2, output.err
-    assert output.out == ""
-    assert len(output.err.splitlines()) == 1
-    return output.err.removeprefix("coe-dist: ")
 
 
 def test_a_delegator_without_the_rows_is_refused(tmp_path: Path) -> None:
