@@ -66,16 +66,21 @@ def test_end_of_the_router_process_ends_the_step_on_every_rank(ranks: Path) -> N
         assert all(told[name]["seconds"] < 25 for name in expected if name != "between steps")
 
 
-def test_child_ends_with_its_parent() -> None:
-    """Also when the parent is killed and another process still holds its end of the connection."""
+def parent_and_child(code: str) -> tuple[subprocess.Popen[str], psutil.Process]:
     parent = subprocess.Popen(
-        [sys.executable, "-c", WITH_CHILD],
+        [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
     )
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
+    return parent, child
+
+
+def test_child_ends_with_its_parent() -> None:
+    """Also when the parent is killed and another process still holds its end of the connection."""
+    parent, child = parent_and_child(WITH_CHILD)
     assert child.is_running()
     parent.kill()
     parent.wait()
@@ -86,14 +91,7 @@ def test_child_ends_with_its_parent() -> None:
 def test_idle_child_notices_that_it_was_adopted() -> None:
     """The connection stays open here (as if a fork of the parent held it), so only the parent's id can tell."""
     code = WITH_CHILD.replace("time.sleep(600)", "import os\nos.fork()\ntime.sleep(600)")
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
-    )
-    assert parent.stdout is not None
-    child = psutil.Process(int(parent.stdout.readline()))
+    parent, child = parent_and_child(code)
     (fork,) = _others(parent.pid, child.pid)
     parent.kill()
     parent.wait()

@@ -1,9 +1,12 @@
-"""Runs to plan in tests: small networks of Fashion-MNIST's shape, tabulated rates."""
+"""Runs to plan in tests: small networks of Fashion-MNIST's shape, tabulated rates; a network to count by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import nn
 
 from coe_dist.bench.planning import data_of, run_of
 from coe_dist.config import RunConfig, parse_config
@@ -35,3 +38,14 @@ def planned(gpu: str = "a100", *, network: float | None = None, per_node: int | 
         validation,
         lambda settings, counted: tabulated(gpu, settings, *counted, network=network, per_node=per_node),
     )
+
+
+class OneLayer(nn.Module):
+    """Small enough to count every operation by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images.to(self.layer.weight.dtype).flatten(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planner.planned import config_of
+from planner.planned import OneLayer, config_of
 from torch import nn
 
 from coe_dist.bench.planning import data_of, facts_of
@@ -65,17 +65,8 @@ def test_bf16_halves_what_moves() -> None:
 
 def test_traffic_and_saved_bytes_of_a_network_done_by_hand() -> None:
     """One linear layer on an image of 4 pixels, 8 bytes an element: every operation counted by hand."""
-
-    class Linear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 3, bias=False)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.layer(images.to(self.layer.weight.dtype).flatten(1))
-
     with torch.device("meta"):
-        network = Linear()
+        network = OneLayer()
     facts = count_network("linear", network, channels=1, resolution=2, precision="fp64")
     assert (facts.macs, facts.parameters, facts.tensors) == (12, 12, 1)
     assert facts.training_macs == 36

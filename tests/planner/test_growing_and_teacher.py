@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from planner.planned import config_of, planned
-from torch import nn
+from planner.planned import OneLayer, config_of, planned
 
 from coe_dist.bench.planning import plan_run
 from coe_dist.errors import InputError
@@ -116,16 +115,8 @@ def test_hints_travel_and_the_teacher_takes_memory() -> None:
 
 
 def test_a_forward_pass_done_by_hand() -> None:
-    class Linear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 3, bias=False)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.layer(images.to(self.layer.weight.dtype).flatten(1))
-
     with torch.device("meta"):
-        network = Linear()
+        network = OneLayer()
     facts = count_forward("linear", network, channels=1, resolution=2, precision="fp64")
     assert (facts.macs, facts.parameters, facts.buffers) == (12, 12, 0)
     # per image: conversion 4 bytes in, 32 out; product 32 in, 24 out

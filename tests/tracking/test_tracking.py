@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import free_port
 
 from coe_dist.config import RunConfig, parse_config
 from coe_dist.errors import InputError
@@ -46,12 +47,6 @@ def _no_outside_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def configuration(tmp_path: Path, name: str = "first", **more: Any) -> RunConfig:
     return parse_config({"name": name, "runs_dir": str(tmp_path / "runs"), **more})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def history(config: RunConfig, run_id: str, name: str, uri: str | None = None) -> list[tuple[int, float]]:
