@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from coe_dist.bench.record import Record
+from coe_dist.children import search_path
 from coe_dist.errors import TrainingError
 from coe_dist.leaving import leave
 
@@ -57,7 +58,6 @@ def _start(module: str, world_size: int, folder: Path) -> list[subprocess.Popen[
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    search_path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     processes = []
     for rank in range(world_size):
         environment = os.environ | {
@@ -68,7 +68,7 @@ def _start(module: str, world_size: int, folder: Path) -> list[subprocess.Popen[
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, search_path)),
+            "PYTHONPATH": search_path(),
         }
         with (folder / f"rank{rank}.log").open("w") as log:
             processes.append(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+
+from coe_dist.tracking.journal import parse_line
 
 _LOAD = re.compile(r"^expert/(\d+)/load$")
 
@@ -30,13 +31,8 @@ class ProgressState:
 
     def read(self, line: str) -> dict[str, Any] | None:
         """Takes in one line; returns its record, or None for a line that is not one (a torn write)."""
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return None
-        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-            return None
-        take = getattr(self, f"_take_{record['kind']}", None)
+        record = parse_line(line)
+        take = None if record is None else getattr(self, f"_take_{record['kind']}", None)
         if take is None:
             return None
         try:

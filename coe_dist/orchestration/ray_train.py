@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from coe_dist.children import search_path
 from coe_dist.config import RunConfig
 from coe_dist.errors import TrainingError
 from coe_dist.orchestration.failures import describe_failure, root_cause, write_account
@@ -196,12 +197,11 @@ def _work(worker_fn: Callable[[JobT], object], job: JobT, began: Path, directory
 
 
 def _worker_environment(config: RunConfig, session: RaySession, use_gpu: bool) -> dict[str, str]:
-    search_path = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {
         "OMP_NUM_THREADS": str(config.workers.threads),
         "MKL_NUM_THREADS": str(config.workers.threads),
         "NUMBA_THREADING_LAYER": "omp",  # two FFCV loaders at once abort with numba's own workqueue layer
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, search_path))),
+        "PYTHONPATH": search_path(),
     }
     if not use_gpu:  # Ray leaves the GPUs visible to workers that asked for none, and DeepSpeed would take them
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

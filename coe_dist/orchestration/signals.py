@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 _log = logging.getLogger("coe_dist.signals")
 
 
@@ -93,17 +94,11 @@ def asking_first(ask: Callable[[], bool], *, seconds: float) -> Iterator[None]:
 def deferred() -> Iterator[None]:
     """Ctrl-C and SIGTERM in the block take effect at its end: what has begun to be recorded is recorded whole. Main
     thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     caught: list[int] = []
-    numbers: tuple[int, int] = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
     try:
-        yield
+        with _both_handled(lambda number, _: caught.append(number)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for number in caught[:1]:
             signal.raise_signal(number)
 
@@ -111,12 +106,19 @@ def deferred() -> Iterator[None]:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignores Ctrl-C and SIGTERM in the block: the clean-up takes bounded time and must not be cut short."""
+    with _both_handled(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _both_handled(handler: Handler) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to `handler` in the block, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -39,7 +39,7 @@ class Watched:
     ended: str = ""  # how the run ended, if it did
 
     def read(self, line: str) -> None:
-        record = parse_line(line.encode())
+        record = parse_line(line)
         if record is None or not isinstance(record.get("time"), int | float):
             return
         self.progress.read(line)

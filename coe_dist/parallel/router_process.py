@@ -15,13 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 
+from coe_dist.children import ending, search_path
 from coe_dist.errors import TrainingError
 from coe_dist.parallel.process_solver import Array, answer
 from coe_dist.parallel.solvers import Problems
 
-_END_SECONDS = 5.0
 _LOOK_SECONDS = 1.0  # how often an idle child looks for its parent
 
 
@@ -35,8 +34,9 @@ class ChildChannel:
     def __init__(self, problems: Problems) -> None:
         self._connection, theirs = Pipe()
         command = [sys.executable, "-m", "coe_dist.parallel.router_process", str(theirs.fileno()), str(os.getpid())]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}
         self._process = subprocess.Popen(
-            command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=_environment()
+            command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment
         )
         theirs.close()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="router channel")
@@ -67,26 +67,10 @@ class ChildChannel:
             self._connection.send((kind, arrays))
             reply: Array | str = self._connection.recv()
         except (EOFError, OSError):
-            raise TrainingError(f"router process (pid {self.pid}) ended: {self._end()}") from None
+            raise TrainingError(f"router process (pid {self.pid}) ended: {ending(self._process)}") from None
         if isinstance(reply, str):
             raise TrainingError(f"router process (pid {self.pid}) failed: {reply}")
         return reply
-
-    def _end(self) -> str:
-        try:
-            code = self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "it closed its connection"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _environment() -> dict[str, str]:
-    """One core, and the package of this process also where it is not installed."""
-    search_path = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, search_path))),
-    }
 
 
 def serve(connection: Connection, parent: int) -> None:

@@ -19,12 +19,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+from coe_dist.children import ending, search_path
 from coe_dist.errors import InputError, TrainingError
 from coe_dist.leaving import leave
 from coe_dist.training.job import Job
 
 _LOOK_SECONDS = 1.0  # how often it looks for its parent
-_END_SECONDS = 5.0
 
 
 class Trained(NamedTuple):
@@ -62,7 +62,8 @@ class Slot:
         try:
             answer: Trained = Trained(*self.connection.recv())
         except (EOFError, OSError):
-            raise TrainingError(f"a training process ended: {self._end()}; its output is in {self.log}") from None
+            end = ending(self._process)
+            raise TrainingError(f"a training process ended: {end}; its output is in {self.log}") from None
         return answer
 
     def close(self) -> None:
@@ -71,21 +72,13 @@ class Slot:
         self._process.wait()
         self.connection.close()
 
-    def _end(self) -> str:
-        try:
-            code = self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "it closed its connection"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
 
 def _environment() -> dict[str, str]:
     """A process of its own, without torchrun's environment, on one core, with the package of this process."""
-    search_path = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in distributed} | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, search_path))),
+        "PYTHONPATH": search_path(),
     }
 
 

@@ -30,7 +30,7 @@ def read_metrics(run_dir: str | Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def parse_line(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes | str) -> dict[str, Any] | None:
     """The record in one line, or None where the line is not a whole record."""
     try:
         record = json.loads(line)
