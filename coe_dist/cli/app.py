@@ -10,6 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
+# where --help shows a command
+TRAIN, USE, SEE, GROUPS = "Train", "Use a trained run", "See and measure", "Groups of commands"
+
 app = typer.Typer(
     name="coe-dist",
     help="Train and use a Collaboration of Experts: a delegator answers an image itself or picks one of E experts.",
@@ -19,11 +22,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Write, check and look at data sets.")
-app.add_typer(data_app, name="data", rich_help_panel="Groups of commands")
+app.add_typer(data_app, name="data", rich_help_panel=GROUPS)
 export_app = typer.Typer(no_args_is_help=True, help="Turn a run into something that needs no run.")
-app.add_typer(export_app, name="export", rich_help_panel="Groups of commands")
+app.add_typer(export_app, name="export", rich_help_panel=GROUPS)
 mlflow_app = typer.Typer(no_args_is_help=True, help="Runs that MLflow does not have whole.")
-app.add_typer(mlflow_app, name="mlflow", rich_help_panel="Groups of commands")
+app.add_typer(mlflow_app, name="mlflow", rich_help_panel=GROUPS)
 
 ConfigPath = Annotated[
     Path, typer.Argument(help="A YAML file, for instance configs/fashion_mnist.yaml", show_default=False)

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from coe_dist.cli.app import AsJson, ConfigPath, Dashboard, LaunchedRun, Overrides, app
+from coe_dist.cli.app import TRAIN, AsJson, ConfigPath, Dashboard, LaunchedRun, Overrides, app
 
 
 @app.command(
-    rich_help_panel="Train", epilog="Example: coe-dist train configs/fashion_mnist.yaml training.epochs=3 name=short"
+    rich_help_panel=TRAIN, epilog="Example: coe-dist train configs/fashion_mnist.yaml training.epochs=3 name=short"
 )
 def train(
     config: ConfigPath,
@@ -40,7 +40,7 @@ def train(
 
 
 @app.command(
-    rich_help_panel="Train",
+    rich_help_panel=TRAIN,
     epilog="Example: coe-dist launch configs/smoke.yaml --address http://127.0.0.1:8265 --name first",
 )
 def launch(
@@ -64,7 +64,7 @@ def launch(
     sys.exit(run(config, changes, address=address, env=env or (), folder=folder, wait=follow))
 
 
-@app.command(rich_help_panel="Train", epilog="Example: coe-dist jobs --address http://127.0.0.1:8265 --json")
+@app.command(rich_help_panel=TRAIN, epilog="Example: coe-dist jobs --address http://127.0.0.1:8265 --json")
 def jobs(address: Dashboard = None, as_json: AsJson = False) -> None:
     """List what was launched on a Ray cluster."""
     from coe_dist.orchestration.jobs import launched, show_launched
@@ -73,7 +73,7 @@ def jobs(address: Dashboard = None, as_json: AsJson = False) -> None:
     print(json.dumps(rows)) if as_json else show_launched(rows)
 
 
-@app.command(rich_help_panel="Train", epilog="Example: coe-dist logs first --follow --address http://127.0.0.1:8265")
+@app.command(rich_help_panel=TRAIN, epilog="Example: coe-dist logs first --follow --address http://127.0.0.1:8265")
 def logs(
     run: LaunchedRun,
     address: Dashboard = None,
@@ -85,7 +85,7 @@ def logs(
     sys.exit(show_log(run, address=address, to_the_end=follow))
 
 
-@app.command(rich_help_panel="Train", epilog="Example: coe-dist stop first --address http://127.0.0.1:8265")
+@app.command(rich_help_panel=TRAIN, epilog="Example: coe-dist stop first --address http://127.0.0.1:8265")
 def stop(run: LaunchedRun, address: Dashboard = None) -> None:
     """Make a launched run save and end; the same launch resumes it."""
     from coe_dist.orchestration.jobs import stop as end
@@ -94,7 +94,7 @@ def stop(run: LaunchedRun, address: Dashboard = None) -> None:
 
 
 @app.command(
-    rich_help_panel="Train", epilog="Example: coe-dist plan configs/images.yaml --gpus 64 --gpu h100 --network 25GB/s"
+    rich_help_panel=TRAIN, epilog="Example: coe-dist plan configs/images.yaml --gpus 64 --gpu h100 --network 25GB/s"
 )
 def plan(
     config: ConfigPath,
@@ -119,7 +119,7 @@ def plan(
     print(json.dumps(result)) if as_json else show_plan(result)
 
 
-@app.command(rich_help_panel="Train", epilog="Example: coe-dist demo configs/fashion_mnist.yaml")
+@app.command(rich_help_panel=TRAIN, epilog="Example: coe-dist demo configs/fashion_mnist.yaml")
 def demo(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -134,7 +134,7 @@ def demo(
     show_summary(run_demo(settings, overwrite=overwrite), settings.run_dir)
 
 
-@app.command(rich_help_panel="Train", epilog="Example: coe-dist rehearsal configs/imagenet_coe_large.yaml")
+@app.command(rich_help_panel=TRAIN, epilog="Example: coe-dist rehearsal configs/imagenet_coe_large.yaml")
 def rehearsal(
     config: ConfigPath,
     overrides: Annotated[

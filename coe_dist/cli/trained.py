@@ -8,13 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from coe_dist.cli.app import Address, AsJson, CheckpointOption, ConfigPath, Overrides, RunPath, WeightsOption, app
+from coe_dist.cli.app import USE, Address, AsJson, CheckpointOption, ConfigPath, Overrides, RunPath, WeightsOption, app
 from coe_dist.errors import InputError
 
 
-@app.command(
-    rich_help_panel="Use a trained run", epilog="Example: coe-dist evaluate runs/demo --macs-budget 15000 --json"
-)
+@app.command(rich_help_panel=USE, epilog="Example: coe-dist evaluate runs/demo --macs-budget 15000 --json")
 def evaluate(
     run: RunPath,
     split: Annotated[Literal["validation", "test"], typer.Option(help="Which images.")] = "test",
@@ -45,7 +43,7 @@ def evaluate(
     print(json.dumps(result)) if as_json else show_evaluation(result, run)
 
 
-@app.command(rich_help_panel="Use a trained run", epilog="Example: coe-dist calibrate runs/demo --min-accuracy 0.85")
+@app.command(rich_help_panel=USE, epilog="Example: coe-dist calibrate runs/demo --min-accuracy 0.85")
 def calibrate(
     run: RunPath,
     macs_budget: Annotated[float | None, typer.Option(help="Average MACs per image to stay within.")] = None,
@@ -73,7 +71,7 @@ def calibrate(
 
 
 @app.command(
-    rich_help_panel="Use a trained run",
+    rich_help_panel=USE,
     epilog="Example: coe-dist predict runs/demo photos 'more/*.jpg' --csv answers.csv --top 5",
 )
 def predict(
@@ -120,7 +118,7 @@ def predict(
 
 
 @app.command(
-    rich_help_panel="Use a trained run",
+    rich_help_panel=USE,
     epilog="Example: coe-dist scale runs/demo --experts 8 --split most-loaded --out runs/demo8",
 )
 def scale(
@@ -146,9 +144,7 @@ def scale(
     show_scaled(run_scale(run, experts=experts, out=out, named=from_expert or (), noise=noise))
 
 
-@app.command(
-    rich_help_panel="Use a trained run", epilog="Example: coe-dist macs configs/images.yaml experts.count=16 --json"
-)
+@app.command(rich_help_panel=USE, epilog="Example: coe-dist macs configs/images.yaml experts.count=16 --json")
 def macs(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -164,7 +160,7 @@ def macs(
     print(json.dumps(table)) if as_json else show_macs(table)
 
 
-@app.command(rich_help_panel="Use a trained run", epilog="Example: coe-dist inspect runs/demo --json")
+@app.command(rich_help_panel=USE, epilog="Example: coe-dist inspect runs/demo --json")
 def inspect(run: RunPath, checkpoint: CheckpointOption = "latest", as_json: AsJson = False) -> None:
     """Show what a checkpoint of a run holds, and whether every file verifies."""
     from coe_dist.training.inspection import inspect_run, show_inspection

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from coe_dist.cli.app import AsJson, RunPath, app, mlflow_app
+from coe_dist.cli.app import SEE, AsJson, RunPath, app, mlflow_app
 from coe_dist.errors import EXIT_FAILED
 
 
-@app.command(rich_help_panel="See and measure", epilog="Example: coe-dist report runs/demo")
+@app.command(rich_help_panel=SEE, epilog="Example: coe-dist report runs/demo")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders", show_default=False)], out: Path | None = None
 ) -> None:
@@ -22,7 +22,7 @@ def report(
     print(write(runs, out))
 
 
-@app.command(rich_help_panel="See and measure", epilog="Example: coe-dist watch runs/demo")
+@app.command(rich_help_panel=SEE, epilog="Example: coe-dist watch runs/demo")
 def watch(
     run: RunPath, once: Annotated[bool, typer.Option("--once", help="Print one picture of the run and end.")] = False
 ) -> None:
@@ -32,7 +32,7 @@ def watch(
     follow(run, once=once)
 
 
-@app.command(rich_help_panel="See and measure", epilog="Example: coe-dist ui runs/demo")
+@app.command(rich_help_panel=SEE, epilog="Example: coe-dist ui runs/demo")
 def ui(
     run: Annotated[Path, typer.Argument(help="A run folder, or the folder that holds the runs")] = Path("runs"),
     port: int = 5000,
@@ -52,7 +52,7 @@ def sync(run: RunPath) -> None:
     print(f"{send(run, load_run_config(run)):,} values sent")
 
 
-@app.command(rich_help_panel="See and measure", epilog="Example: coe-dist doctor --json")
+@app.command(rich_help_panel=SEE, epilog="Example: coe-dist doctor --json")
 def doctor(as_json: AsJson = False) -> None:
     """Check versions, cores, memory and GPUs, and whether FFCV, DeepSpeed, Ray and MLflow really work here."""
     from rich.console import Console
@@ -65,7 +65,7 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(diagnose(Console()))
 
 
-@app.command(rich_help_panel="See and measure", epilog="Example: coe-dist bench router --json")
+@app.command(rich_help_panel=SEE, epilog="Example: coe-dist bench router --json")
 def bench(
     name: Annotated[str, typer.Argument(help="router, exchange, step, pwlu, inference, loader or plan")],
     as_json: AsJson = False,
@@ -78,7 +78,7 @@ def bench(
     print(json.dumps(record)) if as_json else show(record)
 
 
-@app.command(rich_help_panel="See and measure", epilog="Example: coe-dist study frontier --max-minutes 30")
+@app.command(rich_help_panel=SEE, epilog="Example: coe-dist study frontier --max-minutes 30")
 def study(
     name: Annotated[str, typer.Argument(help="frontier, ablations, or a study's YAML file", show_default=False)],
     only: Annotated[str | None, typer.Option(help="A pattern such as 'coe-e4/*': the points to train.")] = None,
