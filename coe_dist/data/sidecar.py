@@ -152,12 +152,3 @@ def write_sidecar(beton: Path, info: SplitInfo) -> None:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def dataset_fingerprint(folder: Path) -> str:
-    """16 hex digits that identify the written data set (all splits' sha256), for the record of a run.
-
-    Raises InputError when a split is missing or its file does not fit its side-car.
-    """
-    lines = [f"{split} {read_sidecar(Path(folder) / f'{split}.beton').sha256}\n" for split in SPLITS]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

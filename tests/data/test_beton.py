@@ -13,7 +13,7 @@ from small_data import batches_of
 from coe_dist.data.beton import write_dataset
 from coe_dist.data.fashion_mnist import ArraySplit, open_fashion_mnist
 from coe_dist.data.loader import SplitLoader
-from coe_dist.data.sidecar import dataset_fingerprint, read_sidecar, sha256_of
+from coe_dist.data.sidecar import read_sidecar, sha256_of
 from coe_dist.data.writer import WriterError, write_beton
 from coe_dist.errors import InputError
 
@@ -33,19 +33,22 @@ def test_sidecars_describe_the_files(fashion: Path) -> None:
     assert content["classes"][9] == "Ankle boot"
 
 
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in folder.glob("*.beton")}
+
+
 def test_what_is_there_is_kept_and_what_is_missing_written_identically(fashion: Path, tmp_path: Path) -> None:
     shutil.copytree(fashion, tmp_path, dirs_exist_ok=True)
     (tmp_path / "test.beton").unlink()
     report = write_dataset("fashion-mnist", tmp_path, limit=COUNT)
     assert [part["status"] for part in report["splits"].values()] == ["already there", "already there", "written"]
-    assert dataset_fingerprint(tmp_path) == dataset_fingerprint(fashion)
+    assert digests(tmp_path) == digests(fashion)
     with pytest.raises(InputError, match="limit=203"):
         write_dataset("fashion-mnist", tmp_path, limit=50)
     with pytest.raises(InputError, match="source fashion-mnist, not imagefolder"):
         write_dataset("imagefolder", tmp_path, root=tmp_path, limit=COUNT)
     write_dataset("fashion-mnist", tmp_path, limit=50, overwrite=True)
     assert read_sidecar(tmp_path / "train.beton", verify=True).count == 50
-    assert dataset_fingerprint(tmp_path) != dataset_fingerprint(fashion)
 
 
 @pytest.mark.parametrize(
