@@ -35,9 +35,9 @@ class RecordingRouter(Router):
         return self.routing_kept
 
     def start_labels(
-        self, losses_Bk: torch.Tensor, routing: Routing, step: int
+        self, losses_Bk: torch.Tensor, routing: Routing
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        finish = super().start_labels(losses_Bk, routing, step)
+        finish = super().start_labels(losses_Bk, routing)
 
         def keep() -> tuple[torch.Tensor, torch.Tensor]:
             self.labels_kept = finish()

@@ -51,13 +51,8 @@ def _mix(word: np.uint64) -> np.uint64:
 
 
 @compiled
-def tie_value(sample_id: int, expert: int) -> np.int64:
-    """The secondary value of an edge, 0 <= value < 2^44, a hash of (sample id, expert)."""
-    return _tie_value(_mix(np.uint64(sample_id)), expert)
-
-
-@compiled
 def _tie_value(sample_word: np.uint64, expert: int) -> np.int64:
+    """The secondary value of an edge, 0 <= value < 2^44; sample_word: _mix of the sample's id."""
     return np.int64(_mix(sample_word ^ (np.uint64(expert) * np.uint64(0xD6E8FEB86659FD93))) >> np.uint64(20))
 
 

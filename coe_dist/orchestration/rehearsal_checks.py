@@ -155,7 +155,7 @@ def of_networks(config: RunConfig, records: list[dict[str, Any]], saved: dict[st
         begun == [wanted] and set(phases) == {"learned"},
         f"after step {', '.join(map(str, begun)) or 'none'}; {phases.count('learned')} of {len(phases)} networks learn",
     )
-    routed = conditional(config, config.run_dir / "checkpoints" / saved["checkpoint"])
+    routed = conditional(config.run_dir / "checkpoints" / saved["checkpoint"])
     yield Check("CondConv", "experts" in routed, f"in {' and '.join(routed) or 'no network'}")
     ema, averages = saved["ema"], [network["average"] for network in saved["networks"]]
     yield Check(
@@ -165,7 +165,7 @@ def of_networks(config: RunConfig, records: list[dict[str, Any]], saved: dict[st
     )
 
 
-def conditional(config: RunConfig, save: Path) -> list[str]:
+def conditional(save: Path) -> list[str]:
     """Which of the two kinds of network have routings of conditional convolutions in their files."""
     from safetensors import safe_open
 

@@ -85,7 +85,7 @@ class Router:
         return Routing(plan, sizes, ids_N, experts_Nk, weights_k, slice(start, start + sizes[rank]))
 
     def start_labels(
-        self, losses_Bk: torch.Tensor, routing: Routing, step: int
+        self, losses_Bk: torch.Tensor, routing: Routing
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """Starts labelling; the returned function gives this rank's selection labels [B,k] and VCM weights [B].
 

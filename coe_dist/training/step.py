@@ -137,7 +137,7 @@ class CollaborationStep:
         received = dispatch(routing.plan, batch.images, batch.labels, weights_Bk, world, hints_BX)
         losses, backward_losses = self._expert_losses(received, routing, sums, samples * parts)
         losses_Bk = combine(routing.plan, losses, world)()
-        finish_labels = self.router.start_labels(losses_Bk, routing, step)
+        finish_labels = self.router.start_labels(losses_Bk, routing)
         for expert in sorted(self.experts):
             self.experts[expert].backward(backward_losses[expert], last=last)
         # 5. teach the delegator

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from coe_dist.coe.transport import SCORE_UNIT, Assignment, balanced_assignment, balanced_assignment_sparse
-from coe_dist.coe.transport_core import certify, tie_value
+from coe_dist.coe.transport_core import certify
 
 
 def whole(scores: NDArray) -> NDArray[np.int64]:
@@ -37,11 +37,24 @@ def check(answer: Assignment, scores_NE: NDArray) -> None:
     assert answer.objective == answer.dual_objective == dual
 
 
+def mixed(word: int) -> int:
+    """splitmix64."""
+    word = (word + 0x9E3779B97F4A7C15) % 2**64
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+def tie_value(sample_id: int, expert: int) -> int:
+    """The secondary value of an edge: 44 bits of a hash of (sample id, expert)."""
+    return mixed(mixed(sample_id % 2**64) ^ expert * 0xD6E8FEB86659FD93 % 2**64) >> 20
+
+
 def brute_force(values_NE: NDArray[np.int64], ids_N: NDArray, allowed_NE: NDArray[np.bool_] | None = None) -> list[int]:
     """The lexicographically best of ALL assignments within the loads: (sum of values, sum of tie values)."""
     samples, experts = values_NE.shape
     low, high = samples // experts, -(-samples // experts)
-    ties = [[int(tie_value(int(i), j)) for j in range(experts)] for i in ids_N]
+    ties = [[tie_value(int(i), j) for j in range(experts)] for i in ids_N]
     best: tuple[int, int] | None = None
     choice: list[int] = []
     for homes in itertools.product(range(experts), repeat=samples):

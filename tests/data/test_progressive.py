@@ -98,7 +98,12 @@ def test_the_torchvision_loader_keeps_to_it_too(fashion: Path) -> None:
             open_loader(
                 name,
                 fashion / "train.beton",
-                **{"global_batch": 32, "rank": 2, "world_size": 3, "resolution": 28, "seed": 5, "train": True},
+                global_batch=32,
+                rank=2,
+                world_size=3,
+                resolution=28,
+                seed=5,
+                train=True,
                 augmentation=augmentation,
                 progressive=RAMP,
                 limit=65,  # the last batch has one image, which is another rank's

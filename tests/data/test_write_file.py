@@ -143,7 +143,7 @@ def test_wrong_calls_are_named(tree: Path, tmp_path: Path, arguments: dict[str, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tree"]
 
 
-def test_two_writers_of_one_file_do_not_mix(fashion: Path, tmp_path: Path) -> None:
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     with (tmp_path / ".train.beton.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match=r"train\.beton: another process is writing it"):

@@ -1,7 +1,7 @@
 """Run by test_elastic.py in a private network: a cluster of two machines with one core each, as two raylets.
 
 One of them is killed while an elastic run trains, and comes back; then somebody else takes the cores. Prints what came
-of it as JSON. Arguments: a folder, a configuration."""
+of it as JSON. Argument: a configuration."""
 
 import json
 import logging
@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 
 import ray
 from heard import Heard
@@ -94,7 +93,7 @@ class Occupant:
         return os.getpid()
 
 
-def main(folder, path):
+def main(path):
     heard, found = Heard(), {}
     logging.getLogger("coe_dist.worker").addHandler(heard)
     config = load_config(path)
@@ -134,4 +133,4 @@ def main(folder, path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1])

@@ -30,7 +30,6 @@ def found(tmp_path_factory):
     )
     told = scenario(
         SCENARIO,
-        folder,
         write_config(folder / "config.yaml", content),
         folder=folder,
         RAY_AUTH_MODE="token",

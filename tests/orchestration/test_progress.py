@@ -151,7 +151,7 @@ def test_lines_that_say_nothing_change_nothing(line):
     Console(file=io.StringIO()).print(render(state))
 
 
-def test_values_that_are_not_finite_are_shown(tmp_path):
+def test_values_that_are_not_finite_are_shown():
     state = ProgressState()
     for record in (START, train(5, **{"train/loss": math.nan, "expert/00/load": math.nan}), evaluation(5)):
         assert state.read(json.dumps(record)) is not None

@@ -42,12 +42,13 @@ class ReplayRouter(Router):
     recorded: Outcome
 
     def route(self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int) -> Routing:
+        self.replayed = step
         free = super().route(selection_BE, ids_B, step)
         return self.routing(self.recorded.dispatch_sets[step].to(free.ids_N.device), free.ids_N, free.sizes)
 
-    def start_labels(self, losses_Bk: torch.Tensor, routing: Routing, step: int) -> Any:
-        finish = super().start_labels(losses_Bk, routing, step)
-        labels_Bk = self.recorded.labels[step][routing.rows].to(losses_Bk.device)
+    def start_labels(self, losses_Bk: torch.Tensor, routing: Routing) -> Any:
+        finish = super().start_labels(losses_Bk, routing)
+        labels_Bk = self.recorded.labels[self.replayed][routing.rows].to(losses_Bk.device)
         return lambda: (labels_Bk, finish()[1])
 
 

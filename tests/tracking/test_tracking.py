@@ -260,7 +260,7 @@ class Server:
 
 
 @pytest.fixture
-def servers(tmp_path: Path) -> Iterator[list[Server]]:
+def servers() -> Iterator[list[Server]]:
     started: list[Server] = []
     yield started
     for server in started:

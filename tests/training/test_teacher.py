@@ -33,9 +33,9 @@ def test_a_teacher_looks_once_at_each_image_and_experts_send_back_plain_losses()
             step.teacher.network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
         start_labels = step.router.start_labels
 
-        def keep(losses_Bk: torch.Tensor, *others: Any, start_labels: Any = start_labels) -> Any:
+        def keep(losses_Bk: torch.Tensor, routing: Any, start_labels: Any = start_labels) -> Any:
             reported.append(losses_Bk.clone())
-            return start_labels(losses_Bk, *others)
+            return start_labels(losses_Bk, routing)
 
         step.router.start_labels = keep  # type: ignore[method-assign]
         sums = StepSums()
