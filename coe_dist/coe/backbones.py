@@ -22,7 +22,10 @@ from coe_dist.coe.trunks import Options, build_trunk
 
 
 class Normalise(nn.Module):
-    """Images uint8, or float from 0 to 255 -> (image / 255 - mean) / std per channel, in the network's dtype."""
+    """Images uint8, or float from 0 to 255 -> (image / 255 - mean) / std per channel, in the network's dtype.
+
+    Raises ValueError for a wrong number of values or a std that is not above 0.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -45,7 +48,8 @@ class Normalise(nn.Module):
 
 class Resize(nn.Module):
     """Images uint8, or float from 0 to 255 -> float32 [N,C,side,side], bilinear and antialiased: what a network of the
-    option `resolution` sees. Nothing is rounded, so that all devices agree. Images of that size pass unchanged."""
+    option `resolution` sees. Nothing is rounded, so that all devices agree. Images of that size pass unchanged.
+    Raises ValueError for a side that is not a whole number from 8 to 1024."""
 
     def __init__(self, side: int) -> None:
         super().__init__()

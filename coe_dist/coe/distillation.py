@@ -18,7 +18,7 @@ _HALF = 32_768  # torch computes with int16, not with uint16
 
 
 def pack_hints(logits_BC: torch.Tensor, top: int) -> torch.Tensor:
-    """uint8 [B, 4*top]. Needs top <= C <= 65536."""
+    """Hints, uint8 [B, 4*top], of a teacher's logits, float [B,C]. Needs top <= C <= 65536."""
     values, classes = logits_BC.topk(top, dim=1)  # descending
     values = (values - values[:, :1]).clamp_min(-60_000).half()
     places = (classes - _HALF).short()
@@ -33,7 +33,8 @@ def unpack_hints(hints_BX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def distillation_losses(logits_PC: torch.Tensor, hints_PX: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[P], in the dtype of the student's logits; see above."""
+    """The loss of each pair (see above), [P], in the dtype of the student's logits, float [P,C]; hints as pack_hints
+    makes them, temperature above 0. Differentiable in the logits."""
     values, classes = unpack_hints(hints_PX)
     teacher = torch.log_softmax(values.to(logits_PC.dtype) / temperature, dim=1)
     student = torch.log_softmax(logits_PC / temperature, dim=1).gather(1, classes)

@@ -38,7 +38,7 @@ class CurvePoint(NamedTuple):
 
 
 def probabilities(logits_NC: torch.Tensor) -> torch.Tensor:
-    """Softmax over classes, computed in at least float32 (bfloat16 would blur confidences near 1)."""
+    """Softmax over classes, [N,C], in at least float32 (bfloat16 would blur confidences near 1)."""
     return logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32)).softmax(dim=1)
 
 
@@ -48,7 +48,7 @@ def confidence(logits_NC: torch.Tensor) -> torch.Tensor:
 
 
 def exits(confidence_N: torch.Tensor, threshold: float | None) -> torch.Tensor:
-    """bool [N]: which images end at the delegator; none for threshold None.
+    """bool [N]: which images, by their confidence [N] from 0 to 1, end at the delegator; none for threshold None.
 
     Compared in float64, like calibration does: a float32 confidence against 0.9 must not depend on who compares.
     """

@@ -50,6 +50,7 @@ def dispatch_sets(
     assignment_N: torch.Tensor, permutation: torch.Tensor, *, experts: int, per_sample: int
 ) -> torch.Tensor:
     """The k distinct experts that see each image, int64 [N,k]; column 0 is the assigned one (our own rule).
+    assignment_N int64 [N]; permutation int64 [E-1], of 1..E-1.
 
     The p-th image of expert a's portion, in row order and with p from 0, also goes to the experts
 
@@ -146,7 +147,7 @@ def _balanced_choice(
 def variance_weights(losses_Nk: torch.Tensor) -> torch.Tensor:
     """How much each image's choice of expert matters, [N], no gradient: min(v / (mean v + 1e-8), 10), where v is the
     population variance over the dispatch set of the true-class probability exp(-loss) and the mean is over the global
-    batch (role: the paper's first version; formula: our own rule)."""
+    batch (role: the paper's first version; formula: our own rule). losses_Nk: cross-entropy, float [N,k]."""
     probabilities_Nk = torch.exp(-losses_Nk)
     variance_N = (probabilities_Nk - probabilities_Nk.mean(dim=1, keepdim=True)).square().mean(dim=1)
     return (variance_N / (variance_N.mean() + 1e-8)).clamp(max=10.0)
@@ -157,6 +158,7 @@ def selection_losses(
 ) -> torch.Tensor:
     """What selection learns from each image, [N] (our own rules). Differentiable in selection_NE only: no gradient
     reaches the labels, hence none the experts. Rows are independent, so a rank may give its own rows alone.
+    selection_NE float [N,E], experts_Nk int64 [N,k], labels_Nk float [N,k], rule: as in selection_labels.
 
     Cross-entropy between the labels and the softmax of the selection logits restricted to the dispatch set. For the
     rule "competence" the mean over the dispatch set of the binary cross-entropy between each label and the logit's

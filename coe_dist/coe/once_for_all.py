@@ -59,7 +59,8 @@ def build_once_for_all(options: Mapping[str, Any], channels: int) -> tuple[nn.Mo
 
 
 def block_strings(options: Mapping[str, Any]) -> list[list[str]]:
-    """timm's description of the subnet: a list per stage with a string per block."""
+    """timm's description of the subnet: a list per stage with a string per block. Raises ValueError naming the
+    option."""
     depths = _per_stage("depth", options)
     expansions, kernels = _per_block("expand", options), _per_block("kernel", options)
     stages = [["ds_r1_k3_s1_e1_c16_nre"]]

@@ -79,7 +79,8 @@ class PWLU(nn.Module):
 
     @torch.no_grad()
     def track(self, sums: torch.Tensor) -> None:
-        """Running statistics take weight 0.1 for the newest inputs; the first ones count fully (our own rule)."""
+        """Running statistics take weight 0.1 for the newest inputs; the first ones count fully (our own rule). sums:
+        float64 [3, functions], as the attribute of this name."""
         count, total, squares = sums
         mean = total / count.clamp_min(1.0)
         std = (squares / count.clamp_min(1.0) - mean.square()).clamp_min(0.0).sqrt()

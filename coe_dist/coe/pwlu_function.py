@@ -24,9 +24,9 @@ def piecewise_linear(
 ) -> torch.Tensor:
     """f(x) in the type of x, computed in the wider type of x and the parameters.
 
-    left, right, left_slope, right_slope: [C], values [C * (N + 1)]; the channels of x are its dimension 1, or C is 1.
-    B_R - B_L counts as at least 1e-4. Once differentiable, in x and all parameters. Raises ValueError for another
-    number of channels.
+    x: any floating type and shape, its channels in dimension 1 unless C is 1. left, right, left_slope and right_slope
+    [C], values [C * (N + 1)]. B_R - B_L counts as at least 1e-4. Once differentiable, in x and all parameters. Raises
+    ValueError for another number of channels.
     """
     if left.numel() > 1 and x.shape[1] != left.numel():
         raise ValueError(f"x: {x.shape[1]} channels are not allowed; there are functions for {left.numel()}")

@@ -83,8 +83,8 @@ def _differentiate_alone(
 
 
 def evaluate(x: Floats, out: Floats, neighbours: int, parameters: tuple[Floats, ...], *, threads: int) -> None:
-    """Fills `out` with f(x); both flat, rows of [C, neighbours] in memory. parameters: left [C], right [C], values
-    [C * (N + 1)], left slope [C], right slope [C]."""
+    """Fills `out` with f(x); both flat float32, rows of [C, neighbours] in memory. parameters, float32: left [C], right
+    [C], values [C * (N + 1)], left slope [C], right slope [C]."""
     parts = _parts(x.shape[0], neighbours, parameters[0].shape[0], threads)
     if len(parts) == 1:  # one call: calls cost microseconds, which small inputs feel
         _evaluate_alone(x, out, neighbours, *parameters)

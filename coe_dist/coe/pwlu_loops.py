@@ -83,6 +83,7 @@ def _pattern(left: Floats, inverse: Floats, neighbours: int, pieces: int) -> Any
 
 @compiled
 def forward(x: Floats, out: Floats, neighbours: int, left: Floats, inverse: Floats, lines: Floats) -> None:
+    """Fills `out` with f(x), both flat; inverse and lines as `tables` makes them."""
     channels = left.shape[0]
     pieces = lines.shape[0] // (2 * channels)
     places, positions = np.empty(_CHUNK, np.int32), np.empty(_CHUNK, np.float32)

@@ -20,6 +20,7 @@ _PAIR = ir.VectorType(ir.FloatType(), 2)
 
 
 def compiled(function: F) -> F:
+    """numba's njit, cached on disk, without the interpreter lock and with sums in any order."""
     # NaN and infinity keep their meaning ("nnan" and "ninf" are left out): a network that diverged must show
     flags = {"contract", "nsz", "arcp", "reassoc"}
     decorate = numba.njit(cache=True, nogil=True, fastmath=flags, error_model="numpy")

@@ -67,7 +67,8 @@ def sample_mask(ids_N: Ints, level: int) -> NDArray[np.bool_]:
 
 @compiled
 def best_edges(values_NK: Ints, experts_NK: Ints, prices: Ints) -> tuple[Ints, Ints, Ints]:
-    """For every row the largest value - price, how many of its edges reach it, and the expert of the last of them."""
+    """For every row the largest value - price, how many of its edges reach it, and the expert of the last of them, each
+    [N]."""
     samples, columns = values_NK.shape
     best_N = np.empty(samples, np.int64)
     count_N = np.empty(samples, np.int64)
@@ -96,7 +97,7 @@ def best_edges(values_NK: Ints, experts_NK: Ints, prices: Ints) -> tuple[Ints, I
 
 @compiled
 def home_values(values_NK: Ints, experts_NK: Ints, home_N: Ints) -> Ints:
-    """The value of each row's edge to its home, NONE if there is none."""
+    """The value of each row's edge to its home, [N]; NONE if there is none."""
     value_N = np.full(home_N.size, NONE, np.int64)
     if experts_NK.size == 0:
         for i in range(home_N.size):

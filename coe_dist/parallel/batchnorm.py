@@ -22,7 +22,11 @@ from coe_dist.parallel.groups import Group
 
 class SplitBatchNorm(nn.BatchNorm2d):
     """Takes over the parameters and buffers of a BatchNorm layer; `drop` and `act` are those of timm's
-    BatchNormAct2d."""
+    BatchNormAct2d. images [N,C,H,W], any floating type, N from 0 -> the same shape and type.
+
+    group: whose rows are normalised together; None: this rank's alone. Raises ValueError for a layer with
+    momentum: None, and TrainingError when the group's collective fails.
+    """
 
     def __init__(self, original: nn.BatchNorm2d, group: Group | None) -> None:
         if original.momentum is None:
@@ -129,7 +133,8 @@ class _GroupNormalise(torch.autograd.Function):
 
 
 def split_batchnorm(network: nn.Module, mode: Literal["local", "group"], group: Group) -> nn.Module:
-    """Replaces every BatchNorm2d of `network` in place (state-dict names stay); returns the network."""
+    """Replaces every BatchNorm2d of `network` in place (state-dict names stay); returns the network. group: of the
+    ranks that hold the network. Raises ValueError as SplitBatchNorm does."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d) and not isinstance(child, SplitBatchNorm):

@@ -70,7 +70,8 @@ class ExpertBatch:
 
 
 def destinations(experts_Nk: np.ndarray, source_N: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """The rank that computes each pair, int64 [N,k]. Replicas of an expert share its pairs evenly (sizes differ by at
+    """The rank that computes each pair, int64 [N,k]. experts_Nk: dispatch sets, int64 [N,k]; source_N: the rank that
+    holds each row, int64 [N]. Replicas of an expert share its pairs evenly (sizes differ by at
     most one); within that, pairs stay on their own rank where they can, and the rest fills up in order."""
     first = np.array([ranks[0] for ranks in placement.ranks_of_expert], dtype=np.int64)
     dest_P = first[experts_Nk.reshape(-1)]
@@ -153,8 +154,8 @@ def dispatch(
 ) -> dict[int, ExpertBatch]:
     """Sends images, labels and weights to the experts' ranks; returns the batch of every hosted expert.
 
-    images uint8 [B,C,H,W], labels int64 [B], weights float [B,k], hints uint8 [B,X], on all ranks or on none.
-    Collective over `world`.
+    images uint8 [B,C,H,W], labels int64 [B], weights float [B,k], hints uint8 [B,X], on all ranks or on none. Raises
+    TrainingError naming rank and group when the exchange fails or times out. Collective over `world`.
     """
     k, device = plan.per_sample, images_BCHW.device
     pair_labels = labels_B.to(torch.int32).repeat_interleave(k)
@@ -232,7 +233,8 @@ def combine(plan: ExchangePlan, values: dict[int, torch.Tensor], world: Group) -
     """Starts the way back of one value per pair; the returned function waits and gives values_Bk.
 
     values: hosted expert -> float [P_e] (training: one float per pair) or [P_e, ...] (evaluation: class logits), in the
-    order of its ExpertBatch. Collective over `world`; asynchronous.
+    order of its ExpertBatch; values_Bk [B,k,...] has their dtype. Both functions raise TrainingError as dispatch does.
+    Collective over `world`; asynchronous.
     """
     template = next(iter(values.values()))
     shape_Bk = (plan.batch_rows, plan.per_sample, *template.shape[1:])

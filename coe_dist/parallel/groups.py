@@ -32,6 +32,7 @@ class Group:
 
     @property
     def size(self) -> int:
+        """How many ranks are members."""
         return len(self.ranks)
 
     @contextmanager
@@ -48,14 +49,15 @@ class Group:
             ) from error
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums `tensor` over the group in place; returns it."""
+        """Sums `tensor` over the group in place; returns it. Raises TrainingError (see naming_failures). Collective."""
         if self.handle is not None:
             with self.naming_failures("all-reduce"):
                 dist.all_reduce(tensor, group=self.handle)
         return tensor
 
     def all_gather_rows(self, rows: torch.Tensor, sizes: list[int] | None = None) -> tuple[torch.Tensor, list[int]]:
-        """Concatenates the first dimension of every member's `rows` (lengths may differ) in rank order.
+        """Every member's `rows` [n,...], whose n may differ, in rank order: [sum of n,...], and the n. Raises
+        TrainingError (see naming_failures). Collective.
 
         `sizes` are the members' lengths if the caller knows them already (from an earlier gather of the same rows).
         """
@@ -93,6 +95,7 @@ class Groups:
 
     @property
     def hosted(self) -> tuple[int, ...]:
+        """Global ids of the experts on this rank, ascending."""
         return self.placement.experts_of_rank[self.rank]
 
 

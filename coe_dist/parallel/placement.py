@@ -12,7 +12,10 @@ from functools import cached_property
 
 
 def block(total: int, index: int, parts: int) -> range:
-    """The `index`-th of `parts` contiguous blocks of range(total); sizes differ by at most one, larger ones first."""
+    """The `index`-th of `parts` contiguous blocks of range(total); sizes differ by at most one, larger ones first.
+
+    Raises ValueError for an index outside 0 to parts - 1.
+    """
     if not 0 <= index < parts:
         raise ValueError(f"block index: {index} is not allowed; give a whole number from 0 to {parts - 1}")
     small, larger = divmod(total, parts)
@@ -53,6 +56,7 @@ class ExpertPlacement:
         return tuple(tuple(experts) for experts in hosted)
 
     def replicas(self, expert: int) -> int:
+        """How many ranks host the expert."""
         return len(self.ranks_of_expert[expert])
 
     def writer(self, expert: int) -> int:

@@ -35,19 +35,25 @@ class Routing:
 
     @property
     def samples(self) -> int:
+        """N: images of the global micro-batch."""
         return int(self.ids_N.shape[0])
 
     @property
     def experts_Bk(self) -> torch.Tensor:
+        """This rank's rows of the dispatch sets, int64 [B,k]."""
         return self.experts_Nk[self.rows]
 
     def load_E(self, experts: int) -> torch.Tensor:
-        """Images assigned to each expert, int64 [E]."""
+        """Images assigned to each expert, int64 [E] on the CPU."""
         return torch.bincount(self.experts_Nk[:, 0].cpu(), minlength=experts)
 
 
 class Router:
-    """WGM before the experts, LGM and VCM after them, on the global batch whatever the number of ranks."""
+    """WGM before the experts, LGM and VCM after them, on the global batch whatever the number of ranks.
+
+    per_sample: k. generalist_weight: lambda of modules.dispatch_weights, which raises ValueError for what it does not
+    allow. variance: without it every image has VCM weight 1. seed: of the dispatch permutations.
+    """
 
     def __init__(
         self,
@@ -77,7 +83,10 @@ class Router:
         return self.routing(experts_Nk, ids_N, sizes)
 
     def routing(self, experts_Nk: torch.Tensor, ids_N: torch.Tensor, sizes: list[int]) -> Routing:
-        """Wraps given dispatch sets (used by route, and to replay recorded ones)."""
+        """Wraps given dispatch sets (used by route, and to replay recorded ones).
+
+        experts_Nk int64 [N,k] and ids_N int64 [N], rows in rank order; sizes: rows of each rank, N together.
+        """
         rank = self.groups.rank
         start = sum(sizes[:rank])
         plan = plan_exchange(experts_Nk, sizes, self.groups.placement, rank)
@@ -89,8 +98,8 @@ class Router:
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """Starts labelling; the returned function gives this rank's selection labels [B,k] and VCM weights [B].
 
-        losses_Bk: cross-entropy of each dispatched pair. Raises NonFiniteError on all ranks together. Collective; the
-        returned function must be called on every rank too.
+        losses_Bk: cross-entropy of each dispatched pair, float [B,k]; both answers have its dtype. Raises
+        NonFiniteError on all ranks together. Collective; the returned function must be called on every rank too.
         """
         losses_Nk, _ = self.groups.world.all_gather_rows(losses_Bk, routing.sizes)
         if not bool(torch.isfinite(losses_Nk).all()):

@@ -44,6 +44,7 @@ class ChildChannel:
 
     @property
     def pid(self) -> int:
+        """The child's process id."""
         return self._process.pid
 
     def submit(self, kind: str, arrays: tuple[Array, ...]) -> Future[Array]:

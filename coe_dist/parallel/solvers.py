@@ -19,32 +19,42 @@ from coe_dist.parallel.groups import Group
 
 
 class Solver(Protocol):
-    """Solves for the global batch; all ranks call it with the same arguments and get the same results."""
+    """Solves for the global batch; all ranks call it with the same arguments and get the same results.
+
+    ids_N: sample ids, int64 [N]. sizes: rows of each rank, N together. Failing collectives raise TrainingError.
+    """
 
     def assign(self, selection_NE: torch.Tensor, ids_N: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        """The balanced assignment, int64 [N]."""
+        """The balanced assignment of the selection logits, float [N,E] -> int64 [N]."""
 
     def start_labels(
         self, losses_Nk: torch.Tensor, experts_Nk: torch.Tensor, ids_N: torch.Tensor, sizes: list[int]
     ) -> Callable[[], torch.Tensor]:
-        """Starts label generation; the returned function gives labels float [N,k]."""
+        """Starts label generation; the returned function gives labels [N,k], in the dtype of the losses, float [N,k].
+        experts_Nk: dispatch sets, int64 [N,k]."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends what the solver started."""
 
 
 class Problems:
-    """The two problems of a step, solved in this process, with the dual prices of the last step as a warm start."""
+    """The two problems of a step, solved in this process, with the dual prices of the last step as a warm start.
+
+    rule, temperature: of modules.selection_labels.
+    """
 
     def __init__(self, experts: int, rule: str, temperature: float) -> None:
         self.experts, self.rule, self.temperature = experts, rule, temperature
         self.prices_E: np.ndarray | None = None
 
     def assign(self, selection_NE: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+        """See modules.route: float [N,E], int64 [N] -> int64 [N] on the logits' device."""
         solved = modules.route(selection_NE.cpu(), ids_N.cpu(), warm_prices_E=self.prices_E)
         self.prices_E = solved.prices_E
         return torch.from_numpy(solved.expert_N).to(selection_NE.device)
 
     def labels(self, losses_Nk: torch.Tensor, experts_Nk: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+        """See modules.selection_labels: float [N,k], int64 [N,k], int64 [N] -> labels [N,k]."""
         return modules.selection_labels(
             losses_Nk,
             experts_Nk,
@@ -56,6 +66,8 @@ class Problems:
 
 
 class ReplicatedSolver:
+    """Every rank solves the whole problem; no collectives."""
+
     def __init__(self, problems: Problems) -> None:
         self.problems = problems
 
@@ -73,6 +85,8 @@ class ReplicatedSolver:
 
 
 class RankZeroSolver:
+    """Rank 0 solves and broadcasts the answers."""
+
     def __init__(self, problems: Problems, world: Group, rank: int) -> None:
         self.problems, self.world, self.rank = problems, world, rank
 
