@@ -1,13 +1,14 @@
 # make demo       sets this machine up, then trains the demonstration (about five minutes on two cores)
 # make rehearsal  the same set-up, then rehearses the training of the large ImageNet configuration on made images
 # make test       sets this machine up, then runs the tests
+# make coverage   which lines of the method and of its distribution the tests of these two run, at least 90%
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 COE = .venv/bin/coe-dist
 PYTEST = .venv/bin/python -m pytest
 
 TWO_FILES = -n 2 --dist loadfile
 
-.PHONY: demo rehearsal test test-full docs-check test-gpu test-multi-gpu lint setup setup-dev
+.PHONY: demo rehearsal test test-full coverage docs-check test-gpu test-multi-gpu lint setup setup-dev
 
 demo: setup
 	$(COE) demo configs/fashion_mnist.yaml
@@ -20,6 +21,10 @@ test: setup-dev lint
 
 test-full: setup-dev
 	$(PYTEST) $(TWO_FILES) --full
+
+# also in the processes that the tests start
+coverage: setup-dev
+	$(PYTEST) $(TWO_FILES) tests/coe tests/parallel --cov
 
 # the commands of README.md and docs/
 docs-check: setup-dev
