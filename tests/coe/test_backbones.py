@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from coe_dist.coe.activations import replace_activations
 from coe_dist.coe.backbones import Normalise, Resize, build_classifier, build_delegator, classifier_with_macs
 from coe_dist.coe.macs import count_macs
 from coe_dist.coe.pwlu import realign, take_sums, track, units
@@ -308,3 +309,10 @@ def test_deep_networks_are_residual() -> None:
         stages = network.trunk.stages
         stages[stage] = nn.Sequential(*(layer for index, layer in enumerate(stages[stage]) if index != block))
     torch.testing.assert_close(network(batch), skipped)
+
+
+def test_a_network_without_activation_layers_cannot_have_pwlu() -> None:
+    with pytest.raises(
+        ValueError, match=r"^options\.activation: 'pwlu' .*; linear has no activation layers to replace$"
+    ):
+        replace_activations("linear", nn.Sequential(nn.Conv2d(1, 4, 3)), 1, "channel")

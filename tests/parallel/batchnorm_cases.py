@@ -18,7 +18,11 @@ def network() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return nn.Sequential(
-            nn.Conv2d(2, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.Conv2d(CHANNELS, 2, 1)
+            nn.Conv2d(2, CHANNELS, 3),
+            nn.BatchNorm2d(CHANNELS),
+            nn.ReLU(),
+            nn.BatchNorm2d(CHANNELS, affine=False),
+            nn.Conv2d(CHANNELS, 2, 1),
         ).double()
 
 
@@ -66,6 +70,9 @@ def compare_average(world: Group) -> None:
         expected += single.running_mean * (other + 2) / total
     average_statistics(layer, world)
     torch.testing.assert_close(layer.state_dict()["0.running_mean"], expected)
+    before = layer[0].running_mean.clone()
+    average_statistics(layer, world)  # nobody has seen anything since
+    assert torch.equal(layer[0].running_mean, before)
 
 
 def run(folder: Path) -> None:

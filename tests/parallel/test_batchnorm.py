@@ -41,3 +41,9 @@ def test_one_rank_equals_torch_also_with_timms_fused_activation(mode: str) -> No
     assert list(split.state_dict()) == list(original.state_dict())
     for name, value in original.state_dict().items():
         torch.testing.assert_close(split.state_dict()[name], value)
+
+
+def test_a_cumulative_average_is_refused() -> None:
+    """Its weight would be another one on every rank."""
+    with pytest.raises(ValueError, match=r"^BatchNorm momentum: None is not allowed; give a number from 0 to 1$"):
+        split_batchnorm(nn.Sequential(nn.BatchNorm2d(4, momentum=None)), "local", ALONE)
