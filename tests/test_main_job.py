@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from namespaces import clean_environment, in_private_network, private_network_command
+from waiting import until
 
 from coe_dist.data.beton import write_dataset
 from coe_dist.data.sidecar import read_sidecar
@@ -117,11 +117,8 @@ def training(place: Path, name: str, *overrides: str) -> Iterator[subprocess.Pop
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 300
-        while not (run / "metrics.jsonl").is_file() or '"kind": "train"' not in (run / "metrics.jsonl").read_text():
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            assert time.monotonic() < deadline, "training did not start"
-            time.sleep(0.2)
+        record = run / "metrics.jsonl"
+        until(lambda: record.is_file() and '"kind": "train"' in record.read_text(), "steps", process=process)
         yield process
     finally:
         if process.poll() is None:

@@ -18,6 +18,7 @@ from coe_dist.tracking import Recorder, read_metrics
 from coe_dist.training.checkpoint import Position, save_name
 from coe_dist.training.job import Job
 from coe_dist.training.optim import learning_rate_factor
+from coe_dist.training.ownership import Owner
 from coe_dist.training.pwlu_phases import PwluPhases
 from coe_dist.training.reading import Data, grouped
 from coe_dist.training.recorded import system_metrics
@@ -58,6 +59,7 @@ class Loop:
         validation = read_sidecar(Path(config.data.folder) / "validation.beton")
         self.preparation = validation.preparation(config.data.resolution)
         self.stop = StopRequest(Path(job.run_dir))
+        self.owner = Owner(Path(job.run_dir)) if self.groups.rank == 0 else None
         self.pending: PendingSave | None = None
         self.stalled = 0.0  # seconds that training has waited for the pending save
 
@@ -231,6 +233,7 @@ class Loop:
                 **({"ema": {"decay": decay, "updates": updates}} if averages else {}),
             },
             keep=self.config.training.keep_checkpoints,
+            owner=self.owner,
         )
         self.stalled = time.perf_counter() - before
 
@@ -257,5 +260,7 @@ class Loop:
             self.stop.answer(step)
 
     def _record(self, kind: str, step: int, epoch: int | None, metrics: dict[str, float], **extra: object) -> None:
+        if self.owner is not None:
+            self.owner.check()
         if self.recorder is not None:
             self.recorder.record(kind, step=step, epoch=epoch, metrics=metrics, **extra)

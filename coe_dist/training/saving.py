@@ -38,6 +38,7 @@ from coe_dist.training.checkpoint import (
 )
 from coe_dist.training.ema import WeightAverage, average_both
 from coe_dist.training.engines import NetworkEngine, State
+from coe_dist.training.ownership import Owner
 
 Weights = dict[str, torch.Tensor]
 
@@ -61,11 +62,13 @@ def start(
     averages: Mapping[str, WeightAverage] | None = None,
     extra: Mapping[str, Any],
     keep: int,
+    owner: Owner | None = None,
 ) -> PendingSave:
     """Copies the networks and starts to write them to a hidden folder under `folder`. Collective.
 
     Running statistics of local BatchNorm are averaged over each network's group first. averages: moving averages of the
-    weights by name of the network, for all engines or none. extra: further keys of the manifest.
+    weights by name of the network, for all engines or none. extra: further keys of the manifest. owner: rank 0's; a
+    start that is no longer the newest one publishes nothing.
     """
     averages = averages or {}
     for engine in engines:
@@ -84,7 +87,7 @@ def start(
                     optimizer,
                 )
             )
-    return PendingSave(folder, networks, groups, position, extra, keep)
+    return PendingSave(folder, networks, groups, position, extra, keep, owner)
 
 
 def _copy(network: torch.nn.Module) -> Weights:
@@ -105,6 +108,7 @@ class PendingSave:
         position: Position,
         extra: Mapping[str, Any],
         keep: int,
+        owner: Owner | None,
     ) -> None:
         self.position = position
         self.target = folder / save_name(position.step)
@@ -113,7 +117,7 @@ class PendingSave:
         self._began = time.perf_counter()
         # a folder of this name that a crash has left is overwritten
         self._partial = folder / f".partial-{save_name(position.step)}"
-        self._groups, self._extra, self._keep = groups, extra, keep
+        self._groups, self._extra, self._keep, self._owner = groups, extra, keep, owner
         self._problem, self._sizes = "", 0
         self._hashes: dict[str, str] = {}
         # a daemon: a disk that never answers must not keep a failed process alive
@@ -140,7 +144,8 @@ class PendingSave:
     def finish(self) -> Path:
         """Waits for all ranks' parts and publishes the save; returns its folder. Collective.
 
-        A failure on one rank (a full disk) is a TrainingError on all of them, and earlier saves stay valid.
+        A failure on one rank (a full disk) is a TrainingError on all of them, and earlier saves stay valid; so is the
+        end of a start that a later one has replaced.
         """
         self._thread.join()
         world, mine = self._groups.world, (self._problem, self._hashes, self._sizes)
@@ -152,6 +157,8 @@ class PendingSave:
         outcome = [""]
         if self._groups.rank == 0:
             try:
+                if self._owner is not None:
+                    self._owner.check()
                 if problems := [problem for problem, _, _ in everything if problem]:
                     raise OSError(None, problems[0])
                 self._publish({name: digest for _, part, _ in everything for name, digest in part.items()})
@@ -160,6 +167,8 @@ class PendingSave:
                 outcome = [
                     f"checkpoint {self.target} could not be written ({error.strerror}); earlier ones are still valid"
                 ]
+            except TrainingError as error:
+                outcome = [str(error)]
         if world.handle is not None:
             with world.naming_failures(f"checkpoint {self.target.name}"):
                 dist.broadcast_object_list(outcome, src=0, group=world.handle)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from trained_run import real_run
+from waiting import until
 
 from coe_dist.errors import InputError
 from coe_dist.orchestration import watch as module
@@ -71,10 +72,7 @@ def test_it_follows_and_ends_with_the_run(run: Path, tmp_path: Path, monkeypatch
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     watching = threading.Thread(target=watch, args=(tmp_path,), kwargs={"console": console}, daemon=True)
     watching.start()
-    deadline = time.monotonic() + 30
-    while "nothing recorded yet" not in console.file.getvalue():  # type: ignore[attr-defined]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: "nothing recorded yet" in console.file.getvalue(), "first screen")  # type: ignore[attr-defined]
     for record in records:
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record | {"time": time.time()}) + "\n")

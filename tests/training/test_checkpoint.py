@@ -17,11 +17,12 @@ from small_disk import small_disk
 from training import checkpoint_cases
 from training.checkpoint_cases import digests, engines_of, save, train
 
-from coe_dist.errors import InputError
+from coe_dist.errors import InputError, TrainingError
 from coe_dist.parallel.groups import create_groups
 from coe_dist.parallel.placement import ExpertPlacement
 from coe_dist.training import checkpoint, saving
 from coe_dist.training.checkpoint import Position
+from coe_dist.training.ownership import Owner
 from coe_dist.training.step import CollaborationStep
 
 
@@ -226,6 +227,20 @@ def test_training_may_go_on_while_a_save_is_written(tmp_path: Path) -> None:
     other = build_step(CASE, groups, None)
     checkpoint.load(pending.target, engines_of(other), experts=CASE.experts)
     assert digests(engines_of(other)) == before != digests(engines_of(step))
+
+
+def test_a_start_that_was_replaced_publishes_nothing(tmp_path: Path) -> None:
+    groups = create_groups(CASE.experts, timeout_seconds=300)
+    engines, folder = engines_of(build_step(CASE, groups, None)), tmp_path / "checkpoints"
+    first = Owner(tmp_path)
+    made = saving.start(folder, engines, groups, Position(1), extra={}, keep=2, owner=first).finish()
+    pending = saving.start(folder, engines, groups, Position(2), extra={}, keep=2, owner=first)
+    second = Owner(tmp_path)
+    with pytest.raises(TrainingError, match=r"a later start of this run has taken over"):
+        pending.finish()
+    assert checkpoint.complete_saves(folder) == [made]
+    saving.start(folder, engines, groups, Position(2), extra={}, keep=2, owner=second).finish()
+    assert checkpoint.latest_valid(folder) == (folder / "step-00000002", [])
 
 
 def test_a_save_of_other_classes_is_refused(tmp_path: Path) -> None:

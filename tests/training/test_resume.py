@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from safetensors import safe_open
 from small_data import small_config, write_config
 from training.test_training_job import lines_of, torchrun
+from waiting import until
 
 from coe_dist.config import load_config
 from coe_dist.training.job import Job
@@ -125,11 +125,7 @@ def test_sigterm_saves_and_exits_with_75(small_data: Path, tmp_path: Path) -> No
     job, run = job_file(tmp_path, small_data, "run", epochs=500, checkpoint_every=10_000)
     process = subprocess.Popen([sys.executable, "-m", "coe_dist.training.worker", str(job)])
     try:
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() or not lines_of(run, "train"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: (run / "metrics.jsonl").exists() and lines_of(run, "train"), "steps", process=process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
     finally:
