@@ -95,6 +95,8 @@ class RunConfig(Section):
             )
         if workers.min is not None and workers.max is not None and workers.min > workers.max:
             raise refused("workers.min", workers.min, f"give at most workers.max = {workers.max}")
+        if workers.wait_minutes is not None and workers.oversubscribe:
+            raise refused("workers.wait_minutes", workers.wait_minutes, "workers.oversubscribe waits for no machine")
         if self.router.scope == "local" and self.router.where != "replicated":
             raise refused(
                 "router.where",

@@ -125,6 +125,7 @@ class WorkersConfig(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1  # torch's threads per worker
     max_failures: Annotated[int, Field(ge=0)] = 0  # restarts from the newest checkpoint after a worker's death
+    wait_minutes: Annotated[float, Field(gt=0, le=10_080)] | None = None  # for machines a cluster has yet to start
 
     @property
     def elastic(self) -> bool:

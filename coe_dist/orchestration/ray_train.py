@@ -101,17 +101,23 @@ def _fit(
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     from coe_dist.orchestration.restarts import GrowAfterSave, NoRoomError, Patience, RestartPolicy
     from coe_dist.orchestration.torch_backend import MeetingConfig
 
     config, run_dir = job.config, Path(job.run_dir)
-    patience = Patience(name, ROOM_SECONDS, max(ROOM_SECONDS, config.training.timeout_seconds))
+    room = ROOM_SECONDS if config.workers.wait_minutes is None else 60.0 * config.workers.wait_minutes
+    patience = Patience(name, room, max(room, config.training.timeout_seconds))
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray Train's handler would turn Ctrl-C into exit code 0; without it Python raises KeyboardInterrupt."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            """Without Ray Data's, which starts a process of its own each time: our loaders read the files."""
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             parts["failure_policy"] = RestartPolicy(self.run_config.failure_config, run_dir, patience)

@@ -44,10 +44,14 @@ def share_of(config: RunConfig, session: RaySession) -> Share:
     """What each worker gets in `session`. Raises InputError naming what is there when it is too little.
 
     The most workers of an elastic run are limited by this machine; a cluster may grow. One that is oversubscribed gets
-    shares of 1/2, 1/4, ... of a core, because Ray counts elastic workers with floating-point division.
+    shares of 1/2, 1/4, ... of a core, because Ray counts elastic workers with floating-point division. With
+    workers.wait_minutes a cluster may still lack the machines: its autoscaler is left to start them.
     """
     workers, where = config.workers, place_of(session)
     fewest, most = workers.fewest, workers.most
+    if workers.wait_minutes is not None and not session.local:
+        there = workers.device == "auto" and session.gpus >= fewest
+        return Share(fewest, most, 1.0, 1.0 if workers.device == "gpu" or there else 0.0)
     if fewest > session.cpus and not workers.oversubscribe:
         raise InputError(
             f"{_field(config)}: {fewest} is not allowed; {where} has {counted(session.cpus, 'core')} and "

@@ -129,6 +129,19 @@ def test_shares(workers, local, cores, share):
     assert given.num_workers == (share.most if share.fewest == share.most else (share.fewest, share.most))
 
 
+def test_a_cluster_may_have_yet_to_start_its_machines():
+    empty = RaySession("somewhere:1", False, 0.0, 0.0)
+    assert share_of(config_of(count=3, wait_minutes=1), empty) == Share(3, 3, 1.0, 0.0)
+    assert share_of(config_of(count=3, wait_minutes=1, device="gpu"), empty) == Share(3, 3, 1.0, 1.0)
+    assert share_of(config_of(min=1, max=4, wait_minutes=1), empty) == Share(1, 4, 1.0, 0.0)
+    with pytest.raises(InputError, match=r"^workers.count: 3 is not allowed; the cluster at somewhere:1 has 0 cores"):
+        share_of(config_of(count=3), empty)
+    with pytest.raises(InputError, match=r"^workers.count: 999 is not allowed; this machine has"):
+        check_workers(config_of(count=999, wait_minutes=1))
+    with pytest.raises(InputError, match=r"^workers.wait_minutes: 1.0 is not allowed; workers.oversubscribe waits"):
+        config_of(wait_minutes=1, oversubscribe=True)
+
+
 @pytest.mark.parametrize(("gpus", "share"), [(0.0, Share(1, 2, 1.0, 0.0)), (1.0, Share(1, 1, 1.0, 1.0))])
 def test_elastic_workers_take_the_gpus_there_are(gpus, share):
     config = parse_config({"name": "run", "workers": {"min": 1, "max": 2}})

@@ -15,6 +15,7 @@ from train_command import COMMAND, only_mlflow_run
 from waiting import PATIENCE_SECONDS, until
 
 from coe_dist.orchestration.processes import end_marked, marked_processes, marking_variable, new_mark
+from coe_dist.orchestration.worker_output import warnings_log
 from coe_dist.tracking import read_metrics
 from coe_dist.training.stopping import preempted_at, request_stop
 
@@ -85,6 +86,40 @@ def cluster():
             shutil.rmtree(folder, ignore_errors=True)
 
 
+class Watched:
+    """A command that trains, and what its run folder says."""
+
+    def __init__(self, cluster, config, run):
+        self.process, self.run = cluster.train(config), run
+
+    def records(self, kind):
+        return [record for record in read_metrics(self.run) if record["kind"] == kind]
+
+    def until(self, found, what):
+        return until(found, what, process=self.process)
+
+    def trained(self, starts):
+        """Waits for the given start and some steps and a save after it."""
+
+        def found():
+            begun = self.records("start")[starts - 1 :]
+            saved = begun and any(save["time"] > begun[-1]["time"] for save in self.records("checkpoint"))
+            return begun[-1] if saved else None
+
+        return self.until(found, f"start {starts}")
+
+    def stopped(self):
+        """What it has told, after a wish to stop."""
+        request_stop(self.run)
+        _, errors = self.process.communicate(timeout=PATIENCE_SECONDS)
+        assert self.process.returncode == 75, errors
+        return errors
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+
+
 def test_a_run_outlives_a_machine_cut_off_and_a_machine_killed(cluster, tmp_path):
     content = small_config(
         write_small(tmp_path / "data"),
@@ -101,32 +136,19 @@ def test_a_run_outlives_a_machine_cut_off_and_a_machine_killed(cluster, tmp_path
     run = tmp_path / "runs" / "run"
     for number in (0, 1, 2):
         cluster.start(number)
-    process = cluster.train(write_config(tmp_path / "config.yaml", content))
-
-    def records(kind):
-        return [record for record in read_metrics(run) if record["kind"] == kind]
-
-    def trained(starts):
-        """Waits for the given start and some steps and a save after it."""
-        start = until(lambda: records("start")[starts - 1 :], f"start {starts}", process=process)[-1]
-        until(lambda: any(save["time"] > start["time"] for save in records("checkpoint")), "a save", process=process)
-        return start
-
+    command = Watched(cluster, write_config(tmp_path / "config.yaml", content), run)
     try:
-        assert trained(1)["world_size"] == 2
+        assert command.trained(1)["world_size"] == 2
         cluster.network.unplug(1)  # in the middle of an epoch: nobody says goodbye
-        alone = trained(2)
+        alone = command.trained(2)
         assert alone["world_size"] == 1
         cluster.start(3)
         cluster.kill(2)
-        other = trained(3)
+        other = command.trained(3)
         assert other["world_size"] == 1
-        request_stop(run)
-        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+        errors = command.stopped()
     finally:
-        if process.poll() is None:
-            process.kill()
-    assert process.returncode == 75, errors
+        command.close()
     # a machine that is killed may be known to Ray before its worker is missed; that costs no failure
     told = [line for line in errors.splitlines() if "restarting from the newest checkpoint" in line]
     assert len(told) == 2, errors
@@ -143,3 +165,29 @@ def test_a_run_outlives_a_machine_cut_off_and_a_machine_killed(cluster, tmp_path
             assert record["step"] == done
     assert done == preempted_at(run)
     assert only_mlflow_run(run).info.status == "KILLED"
+
+
+def told_to(run):
+    path = warnings_log(run)
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_run_waits_for_the_machines_that_a_cluster_has_yet_to_start(cluster, tmp_path):
+    content = small_config(
+        write_small(tmp_path / "data"),
+        tmp_path / "runs",
+        training={"epochs": 100_000, "checkpoint_every_steps": 3, "evaluate_every": 100_000},
+        workers={"count": 2, "device": "cpu", "wait_minutes": 10},
+        tracking={"enabled": False, "every_steps": 1},
+    )
+    config, run = write_config(tmp_path / "config.yaml", content), tmp_path / "runs" / "run"
+    cluster.start(0)
+    command = Watched(cluster, config, run)
+    try:
+        command.until(lambda: "waiting for room for 2 workers" in told_to(run), "wait")
+        cluster.start(1)
+        cluster.start(2)
+        assert command.trained(1)["world_size"] == 2
+        command.stopped()
+    finally:
+        command.close()
