@@ -2,16 +2,19 @@
 
 FFCV sets torch's number of threads to 1 at import and to the loader's number at every epoch, from two threads. Our
 pipeline brings its own threads and its own compiled kernel, so FFCV's compiler is switched off (it takes 14-24 s per
-image pipeline) and its setting of thread counts is replaced by one that only notes the number.
+image pipeline) and its setting of thread counts is replaced by one that only notes the number. Its import compiles a
+typed dictionary of two entries, several seconds in every process, which is read from Python alone: it gets a plain one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numba.typed
 import torch
 
-_threads = torch.get_num_threads()
+_threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
+numba.typed.Dict = dict
 from ffcv.fields import IntField, RGBImageField  # noqa: E402
 from ffcv.libffcv import imdecode  # noqa: E402
 from ffcv.loader import Loader  # noqa: E402
@@ -23,6 +26,7 @@ from ffcv.traversal_order.base import TraversalOrder  # noqa: E402
 from ffcv.writer import DatasetWriter, worker_job_indexed_dataset  # noqa: E402
 
 torch.set_num_threads(_threads)
+numba.typed.Dict = _typed_dict
 
 __all__ = [
     "DatasetWriter",

@@ -68,7 +68,7 @@ def lose_worker(command, moment, number, starts):
         pytest.param(
             [(moment, number) for moment, number in itertools.product((at_random, inside_a_save), (0, 1))] * 3,
             id="a dozen times",
-            marks=pytest.mark.full,
+            marks=[pytest.mark.full, pytest.mark.timeout(1800)],
         ),
     ],
 )
