@@ -14,7 +14,7 @@ from coe_dist.coe.early_exit import NO_EXIT, probabilities
 
 IMAGES_PER_ROUND = 64  # at least
 EQUAL, CLEAR = 1e-5, 1e-4  # of probabilities; of margins beyond which a decision must not depend on the batch
-FORMS_AGREE = 1e-4  # of the largest output: one function in another order of the work
+FORMS_AGREE = 1e-3  # of the largest output: one function in another order of the work, behind fifty random layers
 
 
 class Reference(NamedTuple):
@@ -71,8 +71,12 @@ def check_peers(found: Mapping[str, Variants], batch: Batch) -> None:
             with torch.inference_mode():
                 output_NC = run(batch)
             expected_NC = first.setdefault(name.removesuffix("_best").partition("_")[0], output_NC)
-            if not (output_NC - expected_NC).abs().max() <= FORMS_AGREE * expected_NC.abs().max():
-                raise AssertionError(f"inference bench: {name} ({variant}) computes something else")
+            off, largest = float((output_NC - expected_NC).abs().max()), float(expected_NC.abs().max())
+            if not off <= FORMS_AGREE * largest:
+                raise AssertionError(
+                    f"inference bench: {name} ({variant}) computes something else for a batch of {len(output_NC)}: "
+                    f"off by {off:g}, the largest output is {largest:g}"
+                )
 
 
 def answered(run: Run, batches: list[Batch]) -> Answer:

@@ -19,7 +19,7 @@ from coe_dist.coe.macs import average_macs, count_macs
 
 EXIT_RATE = 0.3
 MACS_TOLERANCE = 0.05
-_SETTLING = 32  # images
+_PART = 64  # images at a time
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def build_networks(family: Family, images: int) -> Networks:
         plain, condconv = family.classifier("plain"), family.classifier("condconv")
         images_NCHW = _images(images, family.side)
         for network in (delegator, *experts, plain, condconv):
-            _settle(network, images_NCHW[:_SETTLING])
+            _settle(network, images_NCHW)
         features_NF = _spread_selection(delegator, images_NCHW)
         nn.init.normal_(delegator.class_head.weight, std=0.5)
         confidence_N, order_N = confidence(delegator.class_head(features_NF)).double().sort(descending=True)
@@ -80,7 +80,8 @@ def _images(count: int, side: int) -> torch.Tensor:
 
 
 def _settle(network: nn.Module, images_NCHW: torch.Tensor) -> None:
-    """BatchNorm's statistics of real activations: with the initial ones random networks answer all images alike."""
+    """BatchNorm's statistics of real activations: with the initial ones random networks answer all images alike. All
+    images at once: behind fifty layers those of a part would let an image grow without bounds."""
     norms: list[Any] = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # the plain mean over the batches seen
@@ -91,9 +92,7 @@ def _settle(network: nn.Module, images_NCHW: torch.Tensor) -> None:
 def _spread_selection(delegator: Delegator, images_NCHW: torch.Tensor) -> torch.Tensor:
     """A selection head on the whitened main directions of the features and their opposites: each expert is chosen.
     Returns the features [N,F]."""
-    features_NF = torch.cat(
-        [delegator.trunk(delegator.normalise(part)) for part in torch.split(images_NCHW, _SETTLING)]
-    )
+    features_NF = torch.cat([delegator.trunk(delegator.normalise(part)) for part in torch.split(images_NCHW, _PART)])
     mean_F = features_NF.mean(0)
     _, strengths, directions = torch.linalg.svd(features_NF - mean_F, full_matrices=False)
     half = EXPERTS // 2
