@@ -2,6 +2,7 @@
 # Prepares one Debian or Ubuntu machine: apt packages, a virtual environment in .venv, and the project in it.
 # Skips what is already there. Needs root (or sudo without a password) only when an apt package is missing.
 #   cluster/setup.sh          what users need
+#   cluster/setup.sh s3       and an extra of pyproject.toml, or several: s3,onnx
 #   cluster/setup.sh dev      and what the tests need
 set -euo pipefail
 cd "$(dirname "$0")/.."

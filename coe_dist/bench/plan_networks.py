@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from coe_dist.parallel.groups import Group, Groups
 from coe_dist.planner.devices import loader_seconds
 from coe_dist.planner.layout import Layout
 from coe_dist.planner.rates import Cost
+from coe_dist.storage.datasets import copied_beton
 from coe_dist.training.engines import NetworkEngine, wide
 from coe_dist.training.networks import NetworkBuilder, averages_of, engine_for
 from coe_dist.training.teacher import unlearned_teacher
@@ -172,7 +172,7 @@ def passes(setting: Setting, engines: list[NetworkEngine], rows: int) -> Callabl
 def measure_loader(setting: Setting) -> Record:
     """Processor seconds of all reading threads for an image; the table's figure where the data set is not there yet.
     Collective only in that all ranks read at once."""
-    data, beton = setting.config.data, Path(setting.config.data.folder) / "train.beton"
+    data, beton = setting.config.data, copied_beton(setting.config.data, "train")
     if not beton.is_file():
         return {"loader_seconds_per_image": loader_seconds(setting.config)}
     from coe_dist.data.loaders import open_loader

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +10,14 @@ import torch
 from coe_dist.bench.plan_rates import measure_here
 from coe_dist.coe import pwlu
 from coe_dist.config import RunConfig
-from coe_dist.data.sidecar import SplitInfo, read_sidecar, sidecar_path
+from coe_dist.data.sidecar import SplitInfo
 from coe_dist.errors import InputError
 from coe_dist.planner.devices import BANDWIDTH, COMPUTE, default_network, find_device, parse_bandwidth, tabulated
 from coe_dist.planner.facts import ForwardFacts, NetworkFacts, count_forward, count_network
 from coe_dist.planner.plan import check_world, make_plan
 from coe_dist.planner.rates import Rates
 from coe_dist.planner.run import Run
+from coe_dist.storage.datasets import is_written, sidecar_of
 from coe_dist.training.networks import NetworkBuilder
 from coe_dist.training.teacher import unlearned_teacher
 
@@ -55,10 +55,8 @@ def plan_run(
 
 def data_of(config: RunConfig) -> tuple[SplitInfo, int, list[str]]:
     """The train split's side-car, the number of validation images, and what is assumed where there are no files yet."""
-    folder = Path(config.data.folder)
-    beton = folder / "train.beton"
-    if beton.is_file() or sidecar_path(beton).is_file():
-        return read_sidecar(beton), read_sidecar(folder / "validation.beton").count, []
+    if is_written(config.data, "train"):
+        return sidecar_of(config.data, "train"), sidecar_of(config.data, "validation").count, []
     train, validation, channels, classes = _USUAL[config.data.source]
     name = "Fashion-MNIST" if config.data.source == "fashion-mnist" else "ImageNet"
     info = SplitInfo(
@@ -75,7 +73,7 @@ def data_of(config: RunConfig) -> tuple[SplitInfo, int, list[str]]:
         sha256="",
     )
     return info, validation, [
-        f"no data in {folder}: {name}'s {train:,} images for training and {validation:,} for validation, "
+        f"no data in {config.data.folder}: {name}'s {train:,} images for training and {validation:,} for validation, "
         f"{classes:,} classes"
     ]  # fmt: skip
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from coe_dist.cli import data, export, running, trained, viewing
+from coe_dist.cli import data, export, running, storage, trained, viewing
 from coe_dist.cli.app import app
 from coe_dist.errors import (
     EXIT_BAD_INPUT,
@@ -21,7 +21,7 @@ from coe_dist.errors import (
     TrainingError,
 )
 
-__all__ = ["app", "data", "export", "main", "running", "trained", "viewing"]
+__all__ = ["app", "data", "export", "main", "running", "storage", "trained", "viewing"]
 
 
 def main() -> None:

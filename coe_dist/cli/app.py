@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Write, check and look at data sets.")
 app.add_typer(data_app, name="data", rich_help_panel=GROUPS)
+storage_app = typer.Typer(no_args_is_help=True, help="Runs in a store, such as s3://bucket/runs.")
+app.add_typer(storage_app, name="storage", rich_help_panel=GROUPS)
 export_app = typer.Typer(no_args_is_help=True, help="Turn a run into something that needs no run.")
 app.add_typer(export_app, name="export", rich_help_panel=GROUPS)
 mlflow_app = typer.Typer(no_args_is_help=True, help="Runs that MLflow does not have whole.")
@@ -34,7 +36,9 @@ ConfigPath = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides such as training.epochs=3 experts.count=8", show_default=False)
 ]
-RunPath = Annotated[Path, typer.Argument(help="A run folder, for instance runs/demo", show_default=False)]
+RunPlace = Annotated[
+    str, typer.Argument(help="A run folder, for instance runs/demo, or its address in a store", show_default=False)
+]
 WeightsOption = Annotated[
     Literal["ema", "raw"] | None,
     typer.Option(help="The moving averages of the weights, or the last step's; by default averages if there are some."),

@@ -82,14 +82,15 @@ def data_write(
 
 @data_app.command("verify", epilog="Example: coe-dist data verify data/imagenet/train.beton")
 def data_verify(
-    file: Annotated[Path, typer.Argument(help="A .beton file", show_default=False)],
+    file: Annotated[str, typer.Argument(help="A .beton file, or its URL", show_default=False)],
     workers: Annotated[int, typer.Option(help="Threads")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Decode every image of a file and name the damaged ones; exit code 1 if there are any."""
     from coe_dist.data.verify import show_verified, verify
+    from coe_dist.storage.datasets import local_beton
 
-    result = verify(file, workers=workers, progress=not as_json)
+    result = verify(local_beton(file), workers=workers, progress=not as_json)
     print(json.dumps(result)) if as_json else show_verified(result)
     if not result["whole"]:
         raise typer.Exit(EXIT_FAILED)
@@ -97,12 +98,28 @@ def data_verify(
 
 @data_app.command("show", epilog="Example: coe-dist data show data/imagenet/train.beton --n 32 --out grid.png")
 def data_show(
-    file: Annotated[Path, typer.Argument(help="A .beton file", show_default=False)],
+    file: Annotated[str, typer.Argument(help="A .beton file, or its URL", show_default=False)],
     out: Annotated[Path, typer.Option(help="The picture to write")],
     n: Annotated[int, typer.Option("--n", help="How many images, from the first on.")] = 32,
     overwrite: Annotated[bool, typer.Option(help="Replace the picture.")] = False,
 ) -> None:
     """Write a picture of the first images of a file with their classes."""
     from coe_dist.data.contact_sheet import write_contact_sheet
+    from coe_dist.storage.datasets import local_beton
 
-    print(write_contact_sheet(file, out, count=n, overwrite=overwrite))
+    print(write_contact_sheet(local_beton(file), out, count=n, overwrite=overwrite))
+
+
+@data_app.command("staged", epilog="Example: coe-dist data staged --clean")
+def data_staged(
+    folder: Annotated[
+        Path | None, typer.Option(help="As data.staging.folder; by default $XDG_CACHE_HOME/coe_dist/staged.")
+    ] = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove all that no process reads.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List this machine's copies of .beton files that a store or a shared folder holds."""
+    from coe_dist.storage.listing import listed, show_listed
+
+    result = listed(folder, clean=clean)
+    print(json.dumps(result)) if as_json else show_listed(result)

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from coe_dist.cli.app import USE, Address, AsJson, CheckpointOption, ConfigPath, Overrides, RunPath, WeightsOption, app
+from coe_dist.cli.app import USE, Address, AsJson, CheckpointOption, ConfigPath, Overrides, RunPlace, WeightsOption, app
 from coe_dist.errors import InputError
 
 
 @app.command(rich_help_panel=USE, epilog="Example: coe-dist evaluate runs/demo --macs-budget 15000 --json")
 def evaluate(
-    run: RunPath,
+    run: RunPlace,
     split: Annotated[Literal["validation", "test"], typer.Option(help="Which images.")] = "test",
     macs_budget: Annotated[
         float | None, typer.Option(help="Average MACs per image; its threshold is calibrated on validation and kept.")
@@ -30,9 +30,11 @@ def evaluate(
     """Evaluate a run; every image is counted once. Figures of other networks than the newest are shown but not kept."""
     from coe_dist.orchestration.display import show_evaluation
     from coe_dist.orchestration.runs import evaluate as compute
+    from coe_dist.storage.pulling import local_run
 
+    folder = local_run(run, "latest", checkpoint)
     result = compute(
-        run,
+        folder,
         split=split,
         macs_budget=macs_budget,
         threshold=threshold,
@@ -40,12 +42,12 @@ def evaluate(
         weights=weights,
         address=address,
     )
-    print(json.dumps(result)) if as_json else show_evaluation(result, run)
+    print(json.dumps(result)) if as_json else show_evaluation(result, folder)
 
 
 @app.command(rich_help_panel=USE, epilog="Example: coe-dist calibrate runs/demo --min-accuracy 0.85")
 def calibrate(
-    run: RunPath,
+    run: RunPlace,
     macs_budget: Annotated[float | None, typer.Option(help="Average MACs per image to stay within.")] = None,
     min_accuracy: Annotated[
         float | None, typer.Option(help="Top-1 on validation (0 to 1) to reach with the fewest average MACs.")
@@ -58,16 +60,18 @@ def calibrate(
     """Choose on validation from which confidence images exit early, and keep it with the run."""
     from coe_dist.orchestration.calibrate import calibrate as compute
     from coe_dist.orchestration.calibrate import show_calibration
+    from coe_dist.storage.pulling import local_run
 
+    folder = local_run(run, "latest", checkpoint)
     result = compute(
-        run,
+        folder,
         macs_budget=macs_budget,
         min_accuracy=min_accuracy,
         checkpoint=checkpoint,
         weights=weights,
         address=address,
     )
-    print(json.dumps(result)) if as_json else show_calibration(result, run)
+    print(json.dumps(result)) if as_json else show_calibration(result, folder)
 
 
 @app.command(
@@ -75,7 +79,9 @@ def calibrate(
     epilog="Example: coe-dist predict runs/demo photos 'more/*.jpg' --csv answers.csv --top 5",
 )
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one of exported weights", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(help="A run folder, its address, or a folder of exported weights", show_default=False)
+    ],
     images: Annotated[
         list[str], typer.Argument(help="Image files, folders (all below them) and patterns", show_default=False)
     ],
@@ -98,9 +104,10 @@ def predict(
     """Predict the class of image files; those that cannot be read are listed and skipped."""
     from coe_dist.orchestration.predict import predict as compute
     from coe_dist.prediction.table import show_predictions
+    from coe_dist.storage.pulling import local_run
 
     result = compute(
-        run,
+        local_run(run, "latest", checkpoint),
         images,
         csv=csv,
         overwrite=overwrite,
@@ -122,7 +129,7 @@ def predict(
     epilog="Example: coe-dist scale runs/demo --experts 8 --split most-loaded --out runs/demo8",
 )
 def scale(
-    run: RunPath,
+    run: RunPlace,
     experts: Annotated[int, typer.Option(help="How many experts the new run has, more or fewer than RUN.")],
     out: Annotated[Path, typer.Option(help="The new run's folder, for instance runs/demo8")],
     from_expert: Annotated[
@@ -136,12 +143,13 @@ def scale(
     noise: Annotated[float, typer.Option(help="Noise on a copy, relative to the size of its weights.")] = 0.01,
 ) -> None:
     """Make a run with another number of experts from a trained one; `coe-dist train` goes on with it."""
+    from coe_dist.storage.pulling import local_run
     from coe_dist.training.scaling import scale as run_scale
     from coe_dist.training.scaling import show_scaled
 
     if split and from_expert:
         raise InputError(f"--split: {split} is not allowed; --from-expert is given too, give only one of them")
-    show_scaled(run_scale(run, experts=experts, out=out, named=from_expert or (), noise=noise))
+    show_scaled(run_scale(local_run(run, "latest"), experts=experts, out=out, named=from_expert or (), noise=noise))
 
 
 @app.command(rich_help_panel=USE, epilog="Example: coe-dist macs configs/images.yaml experts.count=16 --json")
@@ -161,9 +169,10 @@ def macs(
 
 
 @app.command(rich_help_panel=USE, epilog="Example: coe-dist inspect runs/demo --json")
-def inspect(run: RunPath, checkpoint: CheckpointOption = "latest", as_json: AsJson = False) -> None:
+def inspect(run: RunPlace, checkpoint: CheckpointOption = "latest", as_json: AsJson = False) -> None:
     """Show what a checkpoint of a run holds, and whether every file verifies."""
+    from coe_dist.storage.pulling import local_run
     from coe_dist.training.inspection import inspect_run, show_inspection
 
-    result = inspect_run(run, checkpoint)
+    result = inspect_run(local_run(run, "latest", checkpoint), checkpoint)
     print(json.dumps(result)) if as_json else show_inspection(result)

@@ -8,28 +8,31 @@ from typing import Annotated
 
 import typer
 
-from coe_dist.cli.app import SEE, AsJson, RunPath, app, mlflow_app
+from coe_dist.cli.app import SEE, AsJson, RunPlace, app, mlflow_app
 from coe_dist.errors import EXIT_FAILED
 
 
 @app.command(rich_help_panel=SEE, epilog="Example: coe-dist report runs/demo")
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders", show_default=False)], out: Path | None = None
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or addresses of runs", show_default=False)],
+    out: Path | None = None,
 ) -> None:
     """Write a self-contained HTML report of one or more runs, and each one's model card; MLflow gets them too."""
     from coe_dist.orchestration.reporting import report as write
+    from coe_dist.storage.pulling import local_run
 
-    print(write(runs, out))
+    print(write([local_run(run) for run in runs], out))
 
 
 @app.command(rich_help_panel=SEE, epilog="Example: coe-dist watch runs/demo")
 def watch(
-    run: RunPath, once: Annotated[bool, typer.Option("--once", help="Print one picture of the run and end.")] = False
+    run: RunPlace, once: Annotated[bool, typer.Option("--once", help="Print one picture of the run and end.")] = False
 ) -> None:
     """Follow a run in the terminal from its folder alone: loads, losses, speed, time left. Ctrl-C ends the watching."""
     from coe_dist.orchestration.watch import watch as follow
+    from coe_dist.storage.pulling import local_run
 
-    follow(run, once=once)
+    follow(local_run(run), once=once, again=lambda: local_run(run))
 
 
 @app.command(rich_help_panel=SEE, epilog="Example: coe-dist ui runs/demo")
@@ -44,12 +47,14 @@ def ui(
 
 
 @mlflow_app.command(epilog="Example: coe-dist mlflow sync runs/demo")
-def sync(run: RunPath) -> None:
+def sync(run: RunPlace) -> None:
     """Send to MLflow what it missed of a run while it did not answer. Nothing is sent twice."""
+    from coe_dist.storage.pulling import local_run
     from coe_dist.tracking import sync as send
     from coe_dist.training.run_folder import load_run_config
 
-    print(f"{send(run, load_run_config(run)):,} values sent")
+    folder = local_run(run)
+    print(f"{send(folder, load_run_config(folder)):,} values sent")
 
 
 @app.command(rich_help_panel=SEE, epilog="Example: coe-dist doctor --json")

@@ -10,6 +10,7 @@ from typing import Annotated
 from omegaconf import OmegaConf
 from pydantic import Field, model_validator
 
+from coe_dist.config.addresses import holds_secret, is_url, scheme_of
 from coe_dist.config.messages import refused
 from coe_dist.config.sections import (
     DataConfig,
@@ -19,6 +20,7 @@ from coe_dist.config.sections import (
     PretrainableConfig,
     RouterConfig,
     Section,
+    StorageConfig,
     TrackingConfig,
     TrainingConfig,
     WorkersConfig,
@@ -38,6 +40,7 @@ class RunConfig(Section):
     early_exit: EarlyExitConfig = EarlyExitConfig()
     workers: WorkersConfig = WorkersConfig()
     tracking: TrackingConfig = TrackingConfig()
+    storage: StorageConfig = StorageConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -60,6 +63,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _cross_field_rules(self) -> RunConfig:
+        self._check_places()
         count, k = self.experts.count, self.experts_per_sample
         if k > count:
             raise refused("experts.per_sample", k, f"give a whole number from 1 to experts.count = {count}")
@@ -122,6 +126,21 @@ class RunConfig(Section):
         if self.training.precision == "fp64" and self.training.engine != "torch":
             raise refused("training.precision", "fp64", "DeepSpeed cannot reduce float64; set training.engine: torch")
         return self
+
+    def _check_places(self) -> None:
+        if is_url(self.runs_dir):
+            raise refused("runs_dir", scheme_of(self.runs_dir), "give a folder here, and the address as storage.url")
+        if self.data.staging.folder is not None and is_url(self.data.staging.folder):
+            raise refused("data.staging.folder", scheme_of(self.data.staging.folder), "give a folder of each machine")
+        if self.storage.url is not None and not is_url(self.storage.url):
+            raise refused("storage.url", self.storage.url, "give an address such as s3://bucket/runs")
+        for field, place in (("data.folder", self.data.folder), ("storage.url", self.storage.url or "")):
+            if is_url(place) and holds_secret(place):
+                raise refused(
+                    field,
+                    scheme_of(place),
+                    "an address has no password, '?' or '#' here; the environment holds what gives access",
+                )
 
     def _check_progressive(self) -> None:
         schedule = self.data.progressive

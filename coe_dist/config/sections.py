@@ -54,9 +54,19 @@ class ProgressiveConfig(Section):
     until_epoch: Annotated[int, Field(ge=1)]  # the first epoch (from 0) at the full resolution
 
 
+class StagingConfig(Section):
+    """Copies of the .beton files on each machine's own disk (storage/staging.py): of a URL's always, of a path's where
+    `folder` is given."""
+
+    folder: str | None = None  # none: staged/ in $XDG_CACHE_HOME/coe_dist
+    keep_gigabytes: Positive = 200.0  # before a copy, the least recently used that nobody reads make room within it
+
+
 class DataConfig(Section):
     source: Literal["fashion-mnist", "imagefolder"] = "fashion-mnist"
-    folder: str = "data/fashion-mnist"  # holds train.beton, validation.beton, test.beton and their .json side-cars
+    # a path, or a URL such as s3://bucket/images; holds train, validation, test.beton and their .json side-cars
+    folder: str = "data/fashion-mnist"
+    staging: StagingConfig = StagingConfig()
     resolution: Annotated[int, Field(ge=8, le=1024)] = 28  # side in pixels of the square that reaches the networks
     progressive: ProgressiveConfig | None = None
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -145,6 +155,12 @@ class TrackingConfig(Section):
     uri: str | None = None  # none: MLFLOW_TRACKING_URI, else one sqlite file beside the run folders
     experiment: str = "coe_dist"
     every_steps: Annotated[int, Field(ge=1)] = 20
+
+
+class StorageConfig(Section):
+    """Where the run folder is mirrored to while it trains (storage/mirror.py)."""
+
+    url: str | None = None  # such as s3://bucket/runs, which gets one folder for each run
 
 
 class DistillationConfig(Section):

@@ -92,19 +92,28 @@ def read_sidecar(beton: Path, *, verify: bool = False) -> SplitInfo:
     if not path.is_file():
         raise InputError(f"{path}: missing; {beton.name} was not written completely, write it again with --overwrite")
     try:
-        info = SplitInfo.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "side-car"
-        raise InputError(f"{path}: {field}: {first['msg']}; write the data set again with --overwrite") from error
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a readable side-car ({error}); write the data set again with --overwrite"
-        ) from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: not a readable side-car ({error.strerror})") from error
+    info = parse_sidecar(content, str(path))
     _check_file(beton, info)
     if verify and sha256_of(beton) != info.sha256:
         raise InputError(f"{beton}: its content differs from the sha256 in {path.name}; write it again")
     return info
+
+
+def parse_sidecar(content: bytes, place: str) -> SplitInfo:
+    """A side-car from its content. Raises InputError, which names its place, where it is broken."""
+    try:
+        return SplitInfo.model_validate(json.loads(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "side-car"
+        raise InputError(f"{place}: {field}: {first['msg']}; write the data set again with --overwrite") from error
+    except ValueError as error:
+        raise InputError(
+            f"{place}: not a readable side-car ({error}); write the data set again with --overwrite"
+        ) from error
 
 
 def _check_file(beton: Path, info: SplitInfo) -> None:

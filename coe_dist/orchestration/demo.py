@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from coe_dist import tracking
-from coe_dist.config import NetworkConfig, RunConfig
+from coe_dist.config import NetworkConfig, RunConfig, is_url
 from coe_dist.data.beton import write_dataset
 from coe_dist.errors import InputError
+from coe_dist.orchestration.mirroring import mirrored
 from coe_dist.orchestration.ray_session import session_for
 from coe_dist.orchestration.runs import train_in
 from coe_dist.orchestration.shares import check_workers
@@ -31,6 +32,10 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
         raise InputError(
             f"experts.network: {config.experts.network} is not allowed in the demonstration; give small_cnn, "
             "whose width makes the single network of the same MACs, or use `coe-dist train`"
+        )
+    if is_url(config.data.folder):
+        raise InputError(
+            f"data.folder: {config.data.folder} is not allowed here, where the data are written first; give a folder"
         )
     check_workers(config)
     started = time.perf_counter()
@@ -77,7 +82,10 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
             "single_same_macs": config.training.epochs,
         },
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
-    report([run_dir])
+    with mirrored(config, overwrite=False) as mirror:
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        report([run_dir])
+        if mirror is not None:
+            mirror.start()
     tracking.log_artifacts(load_run_config(run_dir), tracking.run_id_of(run_dir), [run_dir / "summary.json"])
     return summary

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from coe_dist.config import RunConfig
+from coe_dist.config import RunConfig, is_url
 from coe_dist.errors import InputError
 
 # patterns as in .gitignore; a leading / means the folder itself
@@ -45,7 +45,7 @@ def package_settings(folder: Path, config: RunConfig) -> dict[str, Any]:
 
     Raises InputError naming the largest files when they hold more bytes than upload_limit() (Ray does not compress).
     """
-    own = {place for place in (config.runs_dir, config.data.folder) if not Path(place).is_absolute()}
+    own = {p for p in (config.runs_dir, config.data.folder) if not (is_url(p) or Path(p).is_absolute())}
     excludes = EXCLUDED + [f"/{Path(place)}" for place in sorted(own) if Path(place) != Path(".")]
     check_size(uploaded_files(folder, excludes), folder, upload_limit())
     return {"working_dir": str(folder), "excludes": excludes}

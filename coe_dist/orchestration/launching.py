@@ -20,7 +20,7 @@ from coe_dist.orchestration.job_record import Attempt, attempts, exit_code_of, m
 from coe_dist.orchestration.jobs import stop
 
 FOLDER_VARIABLE = "COE_DIST_FOLDER"
-_STOP_SECONDS = 30  # beyond training.timeout_seconds, which the last step and its save may take
+_STOP_SECONDS = 90  # beyond training.timeout_seconds, which the last step and its save may take; a store takes some
 
 
 def launch(

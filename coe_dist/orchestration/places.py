@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coe_dist.config import RunConfig, parse_config
+from coe_dist.config import RunConfig, is_url, parse_config
 
 
 def placed_in(config: RunConfig, folder: Path) -> RunConfig:
-    """The same configuration with every relative path (runs, data, weights, MLflow's sqlite file) below `folder`."""
+    """The same configuration with every relative path (runs, data, copies, weights, MLflow's sqlite file) below
+    `folder`."""
     base, content = folder.expanduser().absolute(), config.model_dump()
     content["runs_dir"] = str(base / config.runs_dir)
-    content["data"]["folder"] = str(base / config.data.folder)
+    if not is_url(config.data.folder):
+        content["data"]["folder"] = str(base / config.data.folder)
+    if not (config.data.staging.folder or "").startswith("~"):
+        _place(content["data"]["staging"], "folder", base)
     for section, key in (("delegator", "initial_weights"), ("experts", "initial_weights"), ("distillation", "weights")):
         _place(content[section], key, base)
     uri = config.tracking.uri or ""

@@ -213,7 +213,14 @@ def _worker_environment(config: RunConfig, session: RaySession, use_gpu: bool) -
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if session.local:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "MLFLOW_TRACKING_URI"):
+    network = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
+    stores = (
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_DEFAULT_REGION",
+        "AWS_REGION",
+    )  # no secrets: Ray shows them
+    for name in (*network, *stores, "MLFLOW_TRACKING_URI"):
         if name in os.environ:
             environment.setdefault(name, os.environ[name])
     return environment

@@ -9,12 +9,14 @@ from typing import Any, Literal
 from coe_dist import tracking
 from coe_dist.config import NetworkConfig, RunConfig
 from coe_dist.errors import InputError, Preempted, TrainingError
+from coe_dist.orchestration.mirroring import mirrored, restore
 from coe_dist.orchestration.progress import ProgressDisplay
 from coe_dist.orchestration.ray_session import RaySession, session_for
 from coe_dist.orchestration.ray_train import run_under_ray
 from coe_dist.orchestration.revision import git_revision
 from coe_dist.orchestration.shares import check_workers
 from coe_dist.resources import usable_cores, usable_gpus
+from coe_dist.storage.mirror import Mirror
 from coe_dist.training.run_folder import (
     check_folder,
     check_network,
@@ -30,8 +32,8 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
     """Trains `config` under Ray and returns the run folder; an existing run folder is resumed.
 
     address: a running Ray cluster (none: a local Ray for this run). Raises InputError before any worker starts when the
-    configuration, the data or the machine do not allow the run, and Preempted when SIGTERM made the workers save and
-    end; then there is no report.
+    configuration, the data, the machine or the store do not allow the run, and Preempted when SIGTERM made the workers
+    save and end; then there is no report.
     """
     from coe_dist.orchestration.reporting import report
     from coe_dist.training.checkpoint import check_newest
@@ -40,12 +42,16 @@ def train(config: RunConfig, *, address: str | None = None, overwrite: bool = Fa
     if address is None:
         check_workers(config)
     classes = check_run(config).info.classes
+    if not overwrite:
+        restore(config)
     check_folder(config, overwrite=overwrite)
     if not overwrite:
         check_newest(config.run_dir / "checkpoints", experts=config.experts.count, classes=classes)
-    with session_for(config, address) as session:
-        run_dir = train_in(session, config, overwrite=overwrite)
-    report([run_dir])
+    with locked(config), mirrored(config, overwrite=overwrite) as mirror:
+        with session_for(config, address) as session:
+            run_dir = _train_locked(session, config, None, overwrite, mirror)
+            clear_stop(run_dir)
+        report([run_dir])
     return run_dir
 
 
@@ -61,8 +67,8 @@ def train_in(
 
     A SIGTERM that comes too late to interrupt the training raises Preempted only if the job has `more_follows`.
     """
-    with locked(config):
-        run_dir = _train_locked(session, config, network, overwrite)
+    with locked(config), mirrored(config, overwrite=overwrite) as mirror:
+        run_dir = _train_locked(session, config, network, overwrite, mirror)
         late = (run_dir / REQUEST).exists()
         clear_stop(run_dir)
     if late and more_follows:
@@ -70,7 +76,9 @@ def train_in(
     return run_dir
 
 
-def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig | None, overwrite: bool) -> Path:
+def _train_locked(
+    session: RaySession, config: RunConfig, network: NetworkConfig | None, overwrite: bool, mirror: Mirror | None
+) -> Path:
     from coe_dist.orchestration.router_actor import run_worker_with_actor
     from coe_dist.training.job import Job
     from coe_dist.training.recorded import data_used, run_tags
@@ -78,6 +86,8 @@ def _train_locked(session: RaySession, config: RunConfig, network: NetworkConfig
     run_dir = prepare_folder(config, overwrite=overwrite)
     if network is not None:
         check_network(run_dir, network)
+    if mirror is not None:
+        mirror.start()
     tags = {
         **run_tags(config, baseline=network is not None, revision=git_revision() or ""),
         "checkpoints": str((run_dir / "checkpoints").absolute()),

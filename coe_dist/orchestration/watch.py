@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from coe_dist.tracking import METRICS_FILE
 from coe_dist.tracking.journal import parse_line
 
 EVERY_SECONDS = 1.0
+AGAIN_SECONDS = 15.0  # between questions to a store
 QUIET_SECONDS = 120.0  # and five times the longest gap between its records: then a run may have died
 ROWS = 16  # more experts are told by bars alone
 
@@ -60,10 +63,12 @@ class Watched:
             self.ended = "finished"
 
 
-def watch(run: Path, *, once: bool = False, console: Console | None = None) -> None:
+def watch(
+    run: Path, *, once: bool = False, console: Console | None = None, again: Callable[[], object] | None = None
+) -> None:
     """Shows a run until it has ended; with `once` a single frame. Ctrl-C ends the watching, never the run.
 
-    Reads only the run folder. Raises InputError where that is none.
+    Reads only the run folder; again: brings it up to date where it is a copy. Raises InputError where it is none.
     """
     path = run / METRICS_FILE
     if not run.is_dir():
@@ -82,8 +87,13 @@ def watch(run: Path, *, once: bool = False, console: Console | None = None) -> N
         return
     try:
         with Live(newest(), console=console, auto_refresh=False) as live:
+            asked = time.monotonic()
             while not watched.ended:
                 time.sleep(EVERY_SECONDS)
+                if again is not None and time.monotonic() - asked > AGAIN_SECONDS:
+                    with suppress(InputError):  # a store that does not answer now
+                        again()
+                    asked = time.monotonic()
                 live.update(newest(), refresh=True)
     except KeyboardInterrupt:
         pass

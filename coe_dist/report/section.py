@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from coe_dist.config import DataConfig, parse
 from coe_dist.errors import InputError
 from coe_dist.report import plots
 from coe_dist.report.comparison import tree_of
@@ -16,6 +16,7 @@ from coe_dist.report.galleries import Pictures, early_galleries, expert_gallerie
 from coe_dist.report.heat import heat_map
 from coe_dist.report.quality import confusion, reliabilities, skill, standings
 from coe_dist.report.words import macs, percent
+from coe_dist.storage.datasets import copied_beton
 from coe_dist.tracking.per_image import PerImage
 from coe_dist.tracking.store import redact
 
@@ -195,12 +196,12 @@ def _confusion(rows: PerImage, threshold: float | None, classes: list[str]) -> d
 
 def _galleries(run: Run, threshold: float | None, classes: list[str]) -> dict[str, Any]:
     """`missing`: why there are none."""
-    folder = tree_of(run.config).get("data")
-    folder = folder.get("folder") if isinstance(folder, dict) else None
-    if run.validation is None or not len(run.validation) or not isinstance(folder, str):
+    data = tree_of(run.config).get("data")
+    if run.validation is None or not len(run.validation) or not isinstance(data, dict) or "folder" not in data:
         return {"missing": "images-validation.npz or the configuration is missing"}
     try:
-        pictures = Pictures(Path(folder) / "validation.beton", run.validation)
+        place = parse(DataConfig, {key: data[key] for key in ("folder", "staging") if key in data})
+        pictures = Pictures(copied_beton(place, "validation"), run.validation)
         experts = expert_galleries(run.validation, threshold, classes, pictures)
         exits = run.evaluation is not None and run.evaluation.exits and threshold is not None
         early = early_galleries(run.validation, threshold, classes, pictures) if exits and threshold else []

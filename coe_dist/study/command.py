@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from coe_dist.config import RunConfig
-from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError, Preempted, TrainingError
 from coe_dist.orchestration.revision import git_revision
 from coe_dist.orchestration.signals import Terminated, deferred, own_signals
 from coe_dist.resources import usable_cores
+from coe_dist.storage.datasets import sidecar_of
 from coe_dist.study import verify as verifying
 from coe_dist.study.comparison import summarised
 from coe_dist.study.cost import calibration, counted_seconds, makespan
@@ -81,7 +81,7 @@ class Study:
 
     def seconds(self) -> Callable[[Training], float]:
         """How long a training takes here. Reads the data's side-car; raises InputError for a network's options."""
-        train = read_sidecar(Path(self.base.data.folder) / "train.beton")
+        train = sidecar_of(self.base.data, "train")
         counted: dict[str, float] = {}
         for training in self.every:
             if training.label not in counted:

@@ -16,7 +16,7 @@ from coe_dist.tracking import tracking_uri
 from coe_dist.training.job import Job
 
 # what does not change the trained networks
-_IDLE = {"name", "runs_dir", "tracking", "workers"}
+_IDLE = {"name", "runs_dir", "tracking", "workers", "storage"}
 _IDLE_TRAINING = {
     *("evaluate_every", "checkpoint_every", "checkpoint_every_steps", "keep_checkpoints", "timeout_seconds"),
 }
@@ -60,6 +60,7 @@ class Training:
         )
         for key in _IDLE_TRAINING:
             content.get("training", {}).pop(key, None)
+        content.get("data", {}).pop("staging", None)
         if self.network:
             content["experts"] = self.network.model_dump(mode="json")
         text = json.dumps({"kind": self.kind, **content}, sort_keys=True)

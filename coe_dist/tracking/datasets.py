@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coe_dist.config import RunConfig
+from coe_dist.config import RunConfig, is_url
 from coe_dist.tracking.store import connect, cut, redact, uri_of_run
 
 DIGEST_LIMIT, NAME_LIMIT = 36, 500  # characters; MLflow refuses more
@@ -18,12 +18,13 @@ _log = logging.getLogger("coe_dist.tracking")
 
 @dataclass(frozen=True)
 class DataUsed:
-    """One split. context: training, validation or test; digest: names its content; profile: figures about it."""
+    """One split. context: training, validation or test; digest: names its content; place: path or URL; profile: figures
+    about it."""
 
     name: str
     context: str
     digest: str
-    file: Path
+    place: str
     profile: Mapping[str, Any]
 
 
@@ -41,7 +42,7 @@ def log_datasets(config: RunConfig, run_id: str | None, datasets: Iterable[DataU
                     name=cut(data.name, NAME_LIMIT),
                     digest=data.digest[:DIGEST_LIMIT],
                     source_type="local",
-                    source=json.dumps({"uri": str(data.file.absolute())}),
+                    source=json.dumps({"uri": data.place if is_url(data.place) else str(Path(data.place).absolute())}),
                     profile=json.dumps(dict(data.profile)),
                 ),
                 [InputTag("mlflow.data.context", data.context)],

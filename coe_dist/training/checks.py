@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from coe_dist.coe.macs import count_macs, exit_rate_for_budget
-from coe_dist.config import RunConfig
+from coe_dist.config import RunConfig, is_url
 from coe_dist.data.loaders import check_loader
-from coe_dist.data.sidecar import SPLITS, SplitInfo, check_labels, read_sidecar
+from coe_dist.data.sidecar import SPLITS, SplitInfo, check_labels
 from coe_dist.data.stored import StoredImages
 from coe_dist.errors import InputError
+from coe_dist.storage.datasets import sidecar_of
 from coe_dist.training.networks import NetworkBuilder, starting_networks
 from coe_dist.training.teacher import configured_teacher
 
@@ -20,13 +21,13 @@ from coe_dist.training.teacher import configured_teacher
 def check_run(config: RunConfig) -> NetworkBuilder:
     """Reads side-cars and labels, and builds each kind of network once. Raises InputError naming the field or file."""
     check_loader(config.data.loader)
-    folder = Path(config.data.folder)
-    infos = {split: read_sidecar(folder / f"{split}.beton") for split in SPLITS}
+    infos = {split: sidecar_of(config.data, split) for split in SPLITS}
     train = infos["train"]
     for split, info in infos.items():
         check_classes(split, info, train)
-        beton = folder / f"{split}.beton"
-        check_labels(beton, info, StoredImages(beton).labels_N)
+        if not is_url(config.data.folder):  # of a URL only the side-cars are read here
+            beton = Path(config.data.folder) / f"{split}.beton"
+            check_labels(beton, info, StoredImages(beton).labels_N)
     if config.training.global_batch > (count := min(train.count, config.data.limit or train.count)):
         raise InputError(
             f"training.global_batch: {config.training.global_batch} is not allowed; "

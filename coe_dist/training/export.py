@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from coe_dist.coe.macs import count_macs
 from coe_dist.config import NetworkConfig
-from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import InputError
 from coe_dist.inference import CONFIG_FILE, PreparationRecord, PretrainedConfig, WeightsFile
+from coe_dist.storage.datasets import place_of, sidecar_of
 from coe_dist.training.checkpoint import AVERAGE, WEIGHTS, load_weights
 from coe_dist.training.chosen import LATEST, Networks, Weights, chosen_weights
 from coe_dist.training.inspection import Collaboration, described, open_collaboration
@@ -100,7 +100,7 @@ def _preparation(source: Collaboration) -> tuple[PreparationRecord, list[str]]:
     try:
         if "preparation" in source.manifest:
             return PreparationRecord.model_validate(source.manifest["preparation"]), []
-        validation = read_sidecar(Path(source.config.data.folder) / "validation.beton")
+        validation = sidecar_of(source.config.data, "validation")
         return PreparationRecord(**validation.preparation(side).record()), []
     except ValidationError as error:
         raise InputError(f"{source.save / 'manifest.json'}: preparation: {error.errors()[0]['msg']}") from None
@@ -126,13 +126,12 @@ def _threshold(run_dir: Path, source: Collaboration) -> Threshold:
 
 def _class_names(run_dir: Path, source: Collaboration, count: int) -> list[str]:
     """From the data set's side-car or, where the data set is gone, from the run's own evaluations."""
-    beton = Path(source.config.data.folder) / "train.beton"
     try:
-        classes, place = list(read_sidecar(beton).classes), beton
+        classes, place = list(sidecar_of(source.config.data, "train").classes), place_of(source.config.data, "train")
     except InputError:
-        for place in (run_dir / "details-test.json", run_dir / "details-validation.json"):
+        for file in (run_dir / "details-test.json", run_dir / "details-validation.json"):
             try:
-                classes = list(json.loads(place.read_text())["classes"])
+                classes, place = list(json.loads(file.read_text())["classes"]), str(file)
                 break
             except (OSError, ValueError, KeyError, TypeError):
                 continue

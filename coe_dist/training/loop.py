@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import TrainingError
 from coe_dist.parallel.router import NonFiniteError
 from coe_dist.seeds import derive_seed
+from coe_dist.storage.datasets import sidecar_of
 from coe_dist.tracking import Recorder, read_metrics
 from coe_dist.training.checkpoint import Position, save_name
 from coe_dist.training.job import Job
@@ -56,7 +56,7 @@ class Loop:
         self.total_steps = self.steps_per_epoch * config.training.epochs
         self.warmup_steps = round(self.steps_per_epoch * config.training.optimizer.warmup_epochs)
         self.pwlu = PwluPhases(task.engines(), task.averages, config.training.pwlu_statistics_epochs)
-        validation = read_sidecar(Path(config.data.folder) / "validation.beton")
+        validation = sidecar_of(config.data, "validation")
         self.preparation = validation.preparation(config.data.resolution)
         self.stop = StopRequest(Path(job.run_dir))
         self.owner = Owner(Path(job.run_dir)) if self.groups.rank == 0 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import nn
 from coe_dist.coe import backbones
 from coe_dist.coe.macs import average_macs, count_macs, count_pwlu_macs, exit_rate_for_budget
 from coe_dist.config import NetworkConfig, RunConfig
-from coe_dist.data.sidecar import read_sidecar, sidecar_path
 from coe_dist.errors import InputError
+from coe_dist.storage.datasets import is_written, place_of, sidecar_of
 
 _OF_SOURCE = {"fashion-mnist": (1, 10), "imagefolder": (3, 1000)}  # channels and classes, the latter as in ImageNet
 
@@ -64,11 +63,10 @@ def _shape(config: RunConfig, channels: int | None, classes: int | None) -> dict
         raise InputError(f"--channels: {channels} is not allowed; give 1 or 3")
     if classes is not None and classes < 1:
         raise InputError(f"--classes: {classes} is not allowed; give a whole number from 1")
-    beton = Path(config.data.folder) / "train.beton"
-    if beton.is_file() or sidecar_path(beton).is_file():
-        info = read_sidecar(beton)
+    if is_written(config.data, "train"):
+        info = sidecar_of(config.data, "train")
         known: tuple[int, int] = (info.channels, len(info.classes))
-        origin = str(beton)
+        origin = place_of(config.data, "train")
     else:
         known, origin = _OF_SOURCE[config.data.source], f"data.source {config.data.source}"
     return {

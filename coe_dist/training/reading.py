@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -11,6 +10,7 @@ from coe_dist.config import RunConfig
 from coe_dist.data.batches import SplitReader
 from coe_dist.data.loaders import open_loader
 from coe_dist.parallel.groups import Groups
+from coe_dist.storage.datasets import beton_of
 from coe_dist.training.step import MicroBatch
 
 
@@ -26,7 +26,7 @@ class Data:
             data = self.config.data
             self._loaders[split] = open_loader(
                 data.loader,
-                Path(data.folder) / f"{split}.beton",
+                beton_of(data, split),
                 global_batch=self.config.micro_batch,
                 rank=self.groups.rank,
                 world_size=self.groups.world.size,

@@ -9,8 +9,9 @@ import psutil
 import torch
 
 from coe_dist.config import RunConfig
-from coe_dist.data.sidecar import SPLITS, read_sidecar
+from coe_dist.data.sidecar import SPLITS
 from coe_dist.errors import InputError
+from coe_dist.storage.datasets import place_of, sidecar_of
 from coe_dist.tracking.datasets import DataUsed
 
 _CONTEXT = {"train": "training"}  # MLflow's word for it
@@ -31,15 +32,16 @@ def data_used(config: RunConfig) -> list[DataUsed]:
     """The splits of the configuration's data set, as their side-cars describe them; a missing one is left out."""
     found = []
     for split in SPLITS:
-        file = Path(config.data.folder) / f"{split}.beton"
         try:
-            info = read_sidecar(file)
+            info = sidecar_of(config.data, split)
         except InputError:
             continue
         rows = info.count if config.data.limit is None else min(info.count, config.data.limit)
         profile = {"num_rows": rows, "classes": len(info.classes), "channels": info.channels, "bytes": info.bytes}
         name = f"{config.data.source} {Path(config.data.folder).name} {split}"
-        found.append(DataUsed(name, _CONTEXT.get(split, split), info.sha256[:16], file, profile))
+        found.append(
+            DataUsed(name, _CONTEXT.get(split, split), info.sha256[:16], place_of(config.data, split), profile)
+        )
     return found
 
 

@@ -16,8 +16,8 @@ from coe_dist.training.stopping import clear_stop
 RESUMABLE = {
     f"training.{name}"
     for name in ("epochs", "evaluate_every", "checkpoint_every", "checkpoint_every_steps", "keep_checkpoints")
-}
-RESUMABLE_SECTIONS = {"workers", "tracking", "early_exit"}
+} | {"data.staging.folder", "data.staging.keep_gigabytes"}
+RESUMABLE_SECTIONS = {"workers", "tracking", "early_exit", "storage"}
 
 
 def check_folder(config: RunConfig, *, overwrite: bool) -> None:

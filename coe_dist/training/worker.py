@@ -19,12 +19,12 @@ import torch.distributed as dist
 from coe_dist import tracking
 from coe_dist.coe.warm_up import warm_up, warm_up_pwlu
 from coe_dist.config import RunConfig, load_config
-from coe_dist.data.sidecar import read_sidecar
 from coe_dist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, InputError, TrainingError
 from coe_dist.leaving import leave
 from coe_dist.parallel.groups import Groups, create_groups
 from coe_dist.parallel.process_solver import OpenChannel
 from coe_dist.parallel.router_process import ChildChannel
+from coe_dist.storage.datasets import sidecar_of
 from coe_dist.training import checkpoint
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.checks import check_run
@@ -35,6 +35,7 @@ from coe_dist.training.networks import NetworkBuilder
 from coe_dist.training.reading import Data
 from coe_dist.training.run_folder import check_folder, prepare_folder
 from coe_dist.training.single_task import SingleTask
+from coe_dist.training.staged import stage_together
 from coe_dist.training.stopping import listen_to_sigterm
 from coe_dist.training.tasks import Task
 from coe_dist.training.thresholds import Threshold, stored_threshold
@@ -58,7 +59,8 @@ def run_worker(job: Job, open_channel: OpenChannel = ChildChannel) -> bool:
         warm_up_pwlu()
     _join_process_group(config, device)
     groups = create_groups(config.experts.count, timeout_seconds=config.training.timeout_seconds)
-    builder = NetworkBuilder(config, read_sidecar(Path(config.data.folder) / "train.beton"))
+    stage_together(job, groups, device)
+    builder = NetworkBuilder(config, sidecar_of(config.data, "train"))
     data = Data(config, groups, device)
     try:
         task = _build_task(job, builder, groups, device, open_channel)

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "launch": "tests/orchestration/test_jobs.py, on a Ray head of its own",
     "rehearsal": "tests/orchestration/test_rehearsal.py",
     "bench": "tests/bench runs each benchmark in its smallest form",
+    "storage": "tests/storage, on an S3 server of its own",
     "doctor": "tests/orchestration; it asks for free cores",
 }
 

@@ -151,3 +151,7 @@ def test_relative_paths_lie_in_the_clusters_folder(tmp_path):
     assert placed.experts.initial_weights == str(tmp_path / "w.pth")
     assert placed.tracking.uri == f"sqlite:///{tmp_path}/a.db"
     assert placed_in(placed, Path("/elsewhere")) == placed
+    stored = load_config(ROOT / "configs/smoke.yaml", ["data.folder=s3://bucket/data", "data.staging.folder=copies"])
+    placed = placed_in(stored, tmp_path)
+    assert placed.data.folder == "s3://bucket/data"
+    assert placed.data.staging.folder == str(tmp_path / "copies")

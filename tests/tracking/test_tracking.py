@@ -141,7 +141,7 @@ def test_a_step_recorded_again_after_a_resume_is_sent_once(tmp_path: Path) -> No
 def test_the_data_of_a_run_is_recorded_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = configuration(tmp_path)
     run_id = start_run(config, run_name="r")
-    data = DataUsed("ours " * 200, "training", "a" * 64, tmp_path / "train.beton", {"num_rows": 3})
+    data = DataUsed("ours " * 200, "training", "a" * 64, str(tmp_path / "train.beton"), {"num_rows": 3})
     for _ in range(2):  # a resumed run says it again
         log_datasets(config, run_id, [data])
     assert run_id is not None
@@ -202,7 +202,7 @@ def test_nothing_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     finish_run(config, "0" * 32, "FINISHED")
     log_artifacts(config, "0" * 32, [config.run_dir])
-    log_datasets(config, "0" * 32, [DataUsed("d", "training", "1" * 16, tmp_path / "d.beton", {})])
+    log_datasets(config, "0" * 32, [DataUsed("d", "training", "1" * 16, str(tmp_path / "d.beton"), {})])
     assert len(list(read_metrics(config.run_dir))) == 199
     with pytest.raises(InputError, match="did not take the metrics") as raised:
         sync(config.run_dir, config)
