@@ -102,6 +102,11 @@ def test_without_a_command_the_help_is_shown() -> None:
         (["report", "tests"], "tests: not a run folder"),
         (["watch", "tests", "--once"], "tests: not a run folder"),
         (["ui", "tests"], "tests: no mlflow.db here"),
+        (["data", "write", "--out", "s3://bucket/x"], "--out: s3://... is not allowed; give a place on this machine"),
+        (
+            ["predict", "runs/x", "y", "--csv", "gs://b/y.csv"],
+            "--csv: gs://... is not allowed; give a place",
+        ),
         (["data", "write", "--out", "x", "--source", "cifar"], "source: 'cifar' is not allowed; give"),
     ],
 )

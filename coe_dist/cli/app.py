@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from coe_dist.errors import InputError
 
 # where --help shows a command
 TRAIN, USE, SEE, GROUPS = "Train", "Use a trained run", "See and measure", "Groups of commands"
@@ -52,6 +55,13 @@ Dashboard = Annotated[
 ]
 LaunchedRun = Annotated[str, typer.Argument(help="The name of a launched run, for instance first", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def on_this_machine(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """For options that name what is to be written: an address would become a folder called `s3:`."""
+    if value is not None and value.parts and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", value.parts[0]):
+        raise InputError(f"--{param.name}: {value.parts[0]}//... is not allowed; give a place on this machine")
+    return value
 
 
 @app.callback()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coe_dist.cli.app import AsJson, data_app
+from coe_dist.cli.app import AsJson, data_app, on_this_machine
 from coe_dist.errors import EXIT_FAILED
 
 
@@ -23,7 +23,10 @@ A flat folder: coe-dist data write --source imagefolder ~/imagenet/val --out dat
 def data_write(
     out: Annotated[
         Path,
-        typer.Option(help="Folder for train.beton, validation.beton and test.beton; with FOLDER one .beton file."),
+        typer.Option(
+            callback=on_this_machine,
+            help="Folder for train.beton, validation.beton and test.beton; with FOLDER one .beton file.",
+        ),
     ],
     folder: Annotated[
         Path | None, typer.Argument(help="Write one file from this folder of CLASS/images.", show_default=False)
@@ -99,7 +102,7 @@ def data_verify(
 @data_app.command("show", epilog="Example: coe-dist data show data/imagenet/train.beton --n 32 --out grid.png")
 def data_show(
     file: Annotated[str, typer.Argument(help="A .beton file, or its URL", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The picture to write")],
+    out: Annotated[Path, typer.Option(callback=on_this_machine, help="The picture to write")],
     n: Annotated[int, typer.Option("--n", help="How many images, from the first on.")] = 32,
     overwrite: Annotated[bool, typer.Option(help="Replace the picture.")] = False,
 ) -> None:

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from coe_dist.cli.app import CheckpointOption, RunPlace, WeightsOption, export_app, warn
+from coe_dist.cli.app import CheckpointOption, RunPlace, WeightsOption, export_app, on_this_machine, warn
 
 
 @export_app.command("weights", epilog="Example: coe-dist export weights runs/demo --out demo-weights")
 def export_weights(
     run: RunPlace,
-    out: Annotated[Path, typer.Option(help="The new folder for config.json and the weights.")],
+    out: Annotated[
+        Path, typer.Option(callback=on_this_machine, help="The new folder for config.json and the weights.")
+    ],
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
 ) -> None:
@@ -28,7 +30,9 @@ def export_weights(
 @export_app.command("mlflow", epilog="Example: coe-dist export mlflow runs/demo --register demo")
 def export_mlflow(
     run: RunPlace,
-    out: Annotated[Path | None, typer.Option(help="A new folder to save the model in.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=on_this_machine, help="A new folder to save the model in.")
+    ] = None,
     register: Annotated[str | None, typer.Option(help="Name of a registered model that gets a new version.")] = None,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
@@ -47,7 +51,9 @@ def export_mlflow(
 @export_app.command("onnx", epilog="Example: coe-dist export onnx runs/demo --out demo-onnx")
 def export_onnx(
     run: RunPlace,
-    out: Annotated[Path, typer.Option(help="The new folder for the ONNX files and manifest.json.")],
+    out: Annotated[
+        Path, typer.Option(callback=on_this_machine, help="The new folder for the ONNX files and manifest.json.")
+    ],
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = None,
 ) -> None:

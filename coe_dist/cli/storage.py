@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coe_dist.cli.app import storage_app
+from coe_dist.cli.app import on_this_machine, storage_app
 
 
 @storage_app.command("push", epilog="Example: coe-dist storage push runs/demo s3://bucket/runs/demo")
@@ -26,7 +26,9 @@ def storage_push(
 @storage_app.command("pull", epilog="Example: coe-dist storage pull s3://bucket/runs/demo")
 def storage_pull(
     url: Annotated[str, typer.Argument(help="Such as s3://bucket/runs/demo", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The new run folder; by default runs/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=on_this_machine, help="The new run folder; by default runs/NAME.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run folder that is there.")] = False,
 ) -> None:
     """Bring a run here, with its newest save and its best one; `coe-dist train` goes on with it."""

@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from coe_dist.cli.app import USE, Address, AsJson, CheckpointOption, ConfigPath, Overrides, RunPlace, WeightsOption, app
+from coe_dist.cli.app import (
+    USE,
+    Address,
+    AsJson,
+    CheckpointOption,
+    ConfigPath,
+    Overrides,
+    RunPlace,
+    WeightsOption,
+    app,
+    on_this_machine,
+)
 from coe_dist.errors import InputError
 
 
@@ -85,7 +96,10 @@ def predict(
     images: Annotated[
         list[str], typer.Argument(help="Image files, folders (all below them) and patterns", show_default=False)
     ],
-    csv: Annotated[Path | None, typer.Option(help="Write the predictions here instead of showing a table.")] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(callback=on_this_machine, help="Write the predictions here instead of showing a table."),
+    ] = None,
     top: Annotated[int, typer.Option(help="Name so many classes, the most probable first.")] = 1,
     macs_budget: Annotated[
         float | None, typer.Option(help="Average MACs per image, by the run's curve on validation.")
@@ -131,7 +145,7 @@ def predict(
 def scale(
     run: RunPlace,
     experts: Annotated[int, typer.Option(help="How many experts the new run has, more or fewer than RUN.")],
-    out: Annotated[Path, typer.Option(help="The new run's folder, for instance runs/demo8")],
+    out: Annotated[Path, typer.Option(callback=on_this_machine, help="The new run's folder, for instance runs/demo8")],
     from_expert: Annotated[
         list[int] | None,
         typer.Option(help="Expert to copy, or to keep when there are to be fewer; may be given several times."),

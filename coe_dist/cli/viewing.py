@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from coe_dist.cli.app import SEE, AsJson, RunPlace, app, mlflow_app
+from coe_dist.cli.app import SEE, AsJson, RunPlace, app, mlflow_app, on_this_machine
 from coe_dist.errors import EXIT_FAILED
 
 
 @app.command(rich_help_panel=SEE, epilog="Example: coe-dist report runs/demo")
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders, or addresses of runs", show_default=False)],
-    out: Path | None = None,
+    out: Annotated[Path | None, typer.Option(callback=on_this_machine, help="The page to write.")] = None,
 ) -> None:
     """Write a self-contained HTML report of one or more runs, and each one's model card; MLflow gets them too."""
     from coe_dist.orchestration.reporting import report as write

@@ -70,7 +70,9 @@ def convert(weights: Path, out: Path) -> None:
 def _check_packages() -> None:
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"export onnx needs the package {package}; run: pip install 'coe-dist[onnx]'")
+            raise InputError(
+                f"export onnx needs the package {package}; run: pip install -e '.[onnx]' in the project's folder"
+            )
 
 
 def _write_graphs(model: CollaborationOfExperts, config: PretrainedConfig, folder: Path) -> None:

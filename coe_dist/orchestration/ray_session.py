@@ -85,7 +85,7 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
 def connect(address: str, *, timeout_seconds: float = 10.0) -> Iterator[RaySession]:
     """Connects to a running cluster: `host:port` of its head, or `auto` for the one this machine belongs to.
 
-    The token is taken from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, else from our own file, else from ~/.ray/auth_token.
+    The token is taken from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, else from ~/.ray/auth_token, else from our own file.
     RAY_AUTH_MODE=disabled connects to a cluster without authentication.
     Raises InputError when the address is malformed or not reachable in time, or the token is missing or refused.
     """

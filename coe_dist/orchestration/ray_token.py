@@ -51,12 +51,13 @@ def token_given() -> bool:
 
 def client_environment() -> dict[str, str]:
     """What a client of somebody's cluster sets for Ray: token authentication, unless the environment says otherwise, by
-    the environment's token, else our own file if there is one, else Ray's own (~/.ray/auth_token)."""
+    the environment's token, else Ray's own (~/.ray/auth_token), which somebody made for a cluster, else our own file,
+    which every local session of this user makes."""
     settings = {"RAY_USAGE_STATS_ENABLED": "0"}
     if "RAY_AUTH_MODE" not in os.environ:
         settings["RAY_AUTH_MODE"] = "token"
-    own = default_token_file()
-    if not token_given() and own.exists():
+    own, rays = default_token_file(), Path.home() / ".ray" / "auth_token"
+    if not token_given() and own.exists() and not rays.exists():
         settings["RAY_AUTH_TOKEN_PATH"] = str(ensure_token_file(own))
     return settings
 

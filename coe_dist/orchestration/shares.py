@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from coe_dist.orchestration.ray_session import RaySession
 from coe_dist.resources import usable_cores, usable_gpus
 
 _SMALLEST_ELASTIC_SHARE = 1 / 16
+_log = logging.getLogger("coe_dist.workers")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ def share_of(config: RunConfig, session: RaySession) -> Share:
     workers, where = config.workers, place_of(session)
     fewest, most = workers.fewest, workers.most
     if workers.wait_minutes is not None and not session.local:
-        there = workers.device == "auto" and session.gpus >= fewest
-        return Share(fewest, most, 1.0, 1.0 if workers.device == "gpu" or there else 0.0)
+        return Share(fewest, most, 1.0, _gpus_each(config, session))
     if fewest > session.cpus and not workers.oversubscribe:
         raise InputError(
             f"{_field(config)}: {fewest} is not allowed; {where} has {counted(session.cpus, 'core')} and "
@@ -59,7 +60,7 @@ def share_of(config: RunConfig, session: RaySession) -> Share:
         )
     if workers.device == "gpu":
         _refuse_missing_gpus(config, session.gpus, where)
-    gpus = 1.0 if workers.device == "gpu" or (workers.device == "auto" and session.gpus >= fewest) else 0.0
+    gpus = _gpus_each(config, session)
     if not workers.elastic:
         return Share(fewest, most, part_of(session.cpus, fewest, local=session.local), gpus)
     cpus = 1.0
@@ -73,6 +74,17 @@ def share_of(config: RunConfig, session: RaySession) -> Share:
     if session.local:
         most = min(most, int(session.cpus / cpus), int(session.gpus) if gpus else most)
     return Share(fewest, most, cpus, gpus)
+
+
+def _gpus_each(config: RunConfig, session: RaySession) -> float:
+    """1 or 0; with workers.device: auto, GPUs are used where there is one for each worker."""
+    workers = config.workers
+    if workers.device == "auto" and 0 < session.gpus < workers.fewest:
+        _log.warning(
+            "the workers use CPU cores: %s is %d, but %s has %s; with workers.device=gpu that is refused",
+            *(_field(config), workers.fewest, place_of(session), counted(session.gpus, "GPU")),
+        )
+    return 1.0 if workers.device == "gpu" or (workers.device == "auto" and session.gpus >= workers.fewest) else 0.0
 
 
 def part_of(there: float, workers: int, *, local: bool) -> float:

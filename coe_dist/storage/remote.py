@@ -58,7 +58,8 @@ class Remote:
             )
         except ImportError as error:
             if scheme in _EXTRAS:
-                advice = f"it needs a package that is not here: pip install 'coe-dist[{_EXTRAS[scheme]}]'"
+                extra = f"'.[{_EXTRAS[scheme]}]'"
+                advice = f"it needs a package that is not here: pip install -e {extra} in the project's folder"
             else:
                 advice = f"it needs a package that is not here ({error})"
             raise InputError(f"{field}: {self.shown} is not allowed; {advice}") from None

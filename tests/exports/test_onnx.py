@@ -292,7 +292,10 @@ def test_what_cannot_be_exported(
     )
     code, text = export(run, "--out", tmp_path / "x")
     assert code == 2
-    assert text == "coe-dist: export onnx needs the package onnxscript; run: pip install 'coe-dist[onnx]'\n"
+    assert (
+        text
+        == "coe-dist: export onnx needs the package onnxscript; run: pip install -e '.[onnx]' in the project's folder\n"
+    )
     assert not (tmp_path / "x").exists()
 
 

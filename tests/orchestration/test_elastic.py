@@ -129,6 +129,19 @@ def test_shares(workers, local, cores, share):
     assert given.num_workers == (share.most if share.fewest == share.most else (share.fewest, share.most))
 
 
+def test_too_few_gpus_are_told(caplog):
+    config = parse_config({"name": "run", "workers": {"count": 2}})
+    assert share_of(config, RaySession("somewhere:1", True, 4.0, 1.0)) == Share(2, 2, 1.0, 0.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the workers use CPU cores: workers.count is 2, but this machine has 1 GPU; "
+        "with workers.device=gpu that is refused"
+    ]
+    caplog.clear()
+    share_of(config, RaySession("somewhere:1", True, 4.0, 2.0))
+    share_of(config, RaySession("somewhere:1", True, 4.0, 0.0))
+    assert caplog.records == []
+
+
 def test_a_cluster_may_have_yet_to_start_its_machines():
     empty = RaySession("somewhere:1", False, 0.0, 0.0)
     assert share_of(config_of(count=3, wait_minutes=1), empty) == Share(3, 3, 1.0, 0.0)

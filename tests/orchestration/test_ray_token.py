@@ -9,7 +9,7 @@ import pytest
 from namespaces import clean_environment
 
 from coe_dist.errors import InputError
-from coe_dist.orchestration.ray_token import default_token_file, ensure_token_file
+from coe_dist.orchestration.ray_token import client_environment, default_token_file, ensure_token_file
 
 
 @pytest.fixture
@@ -51,6 +51,23 @@ def test_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_token_file() == tmp_path / ".local" / "state" / "coe_dist" / "ray-token"
+
+
+def test_a_clients_token_is_the_environments_then_rays_then_ours(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert "RAY_AUTH_TOKEN_PATH" not in client_environment()
+    ours = ensure_token_file()
+    assert client_environment()["RAY_AUTH_TOKEN_PATH"] == str(ours)
+    rays = tmp_path / ".ray" / "auth_token"
+    rays.parent.mkdir()
+    rays.write_text("0" * 64)
+    assert "RAY_AUTH_TOKEN_PATH" not in client_environment()  # Ray finds its own
+    rays.unlink()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "1" * 64)
+    assert "RAY_AUTH_TOKEN_PATH" not in client_environment()
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
