@@ -51,7 +51,7 @@ def scenario(script: Path, *arguments: object, folder: Path, **environment: str)
     """Runs a script with `folder` as its place, in a private network; what its last line on stderr tells, as JSON."""
     settings = clean_environment(XDG_STATE_HOME=str(folder / "state"), **environment)
     command = python(script, *map(str, arguments))
-    done = in_private_network(command, cwd=folder, env=settings, timeout=540)
+    done = in_private_network(command, cwd=folder, env=settings, timeout=840)
     assert done.returncode == 0, done.stderr[-3000:]
     told: dict[str, Any] = json.loads(done.stderr.strip().splitlines()[-1])
     return told

@@ -207,7 +207,7 @@ def test_addresses_that_are_refused(field: str, value: str, said: str) -> None:
 def test_workers_learn_of_a_copy_that_failed(source: Path, tmp_path: Path) -> None:
     data = {"folder": f"file://{source}", "staging": {"folder": str(tmp_path / "staged")}}
     job = Job(task="train", config=parse_config({"name": "n", "data": data}), run_dir=str(tmp_path))
-    groups = create_groups(4, timeout_seconds=60)
+    groups = create_groups(4, timeout_seconds=300)
     stage_together(job, groups, torch.device("cpu"))
     assert [copy.file.name for copy in staging.copies(tmp_path / "staged") if copy.in_use] == [
         "train.beton",

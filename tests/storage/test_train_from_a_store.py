@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(place: Path) -> dict[str, Any]:
     search = ":".join([clean_environment()["PYTHONPATH"], str(TESTS)])
     environment = clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=search)
-    done = in_private_network(python(SCENARIO, str(place)), cwd=place, env=environment, timeout=540)
+    done = in_private_network(python(SCENARIO, str(place)), cwd=place, env=environment, timeout=840)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
