@@ -48,8 +48,10 @@ def in_private_network(argv: Sequence[str], **options: Any) -> subprocess.Comple
 
 
 def scenario(script: Path, *arguments: object, folder: Path, **environment: str) -> dict[str, Any]:
-    """Runs a script with `folder` as its place, in a private network; what its last line on stderr tells, as JSON."""
-    settings = clean_environment(XDG_STATE_HOME=str(folder / "state"), **environment)
+    """Runs a script with `folder` as its place, in a private network; what its last line on stderr tells, as JSON. The
+    script finds the modules of tests/ and those beside it."""
+    search = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(script.parent)])
+    settings = clean_environment(XDG_STATE_HOME=str(folder / "state"), PYTHONPATH=search, **environment)
     command = python(script, *map(str, arguments))
     done = in_private_network(command, cwd=folder, env=settings, timeout=840)
     assert done.returncode == 0, done.stderr[-3000:]

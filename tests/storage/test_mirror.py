@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_run import content, made_run, record, save, unsave
 from s3_server import BUCKET, Server, s3_server, using
+from stored_run import content, record, save, stored_run, unsave
 
 from coe_dist.config import parse_config
 from coe_dist.errors import InputError, TrainingError
@@ -50,7 +50,7 @@ def copy_of(server: Server, prefix: str) -> dict[str, bytes]:
 def test_nothing_is_lost_by_a_server_that_dies_and_forgets(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = made_run(tmp_path)
+    run = stored_run(tmp_path)
     url = f"s3://{BUCKET}/killed/demo"
     mirror = Mirror(run, Remote(url))
     mirror.start()
@@ -79,7 +79,7 @@ def test_what_is_missing_in_the_end_is_named_and_can_be_pushed(
 ) -> None:
     monkeypatch.setattr(download, "_ATTEMPTS", 1)
     monkeypatch.setattr(mirror_module, "_LAST_ATTEMPTS", 2)
-    run = made_run(tmp_path, url=f"s3://{BUCKET}/pushed")
+    run = stored_run(tmp_path, url=f"s3://{BUCKET}/pushed")
     server.end()
     mirror = Mirror(run, Remote(f"s3://{BUCKET}/pushed/demo"))
     mirror.start()
@@ -101,7 +101,7 @@ def test_training_never_waits_for_a_store_that_hangs(tmp_path: Path, monkeypatch
     import socket
 
     monkeypatch.setattr(mirror_module, "_STALLED_SECONDS", 1.0)
-    run = made_run(tmp_path)
+    run = stored_run(tmp_path)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -114,7 +114,7 @@ def test_training_never_waits_for_a_store_that_hangs(tmp_path: Path, monkeypatch
 
 
 def test_saves_are_sent_once_and_removed_after_a_newer_one_is_complete(tmp_path: Path) -> None:
-    run, store = made_run(tmp_path), tmp_path / "store"
+    run, store = stored_run(tmp_path), tmp_path / "store"
     remote = Remote(f"file://{store}")
     sent: list[str] = []
     send = remote.send
@@ -140,7 +140,7 @@ def test_saves_are_sent_once_and_removed_after_a_newer_one_is_complete(tmp_path:
 
 
 def test_a_save_that_is_removed_while_it_is_sent_arrives_whole(tmp_path: Path) -> None:
-    run, store = made_run(tmp_path), tmp_path / "store"
+    run, store = stored_run(tmp_path), tmp_path / "store"
     mirror = Mirror(run, Remote(f"file://{store}"))
     send = mirror.remote.send
 
@@ -156,10 +156,10 @@ def test_a_save_that_is_removed_while_it_is_sent_arrives_whole(tmp_path: Path) -
 
 
 def test_another_run_and_a_newer_one_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ours, store = made_run(tmp_path / "ours"), tmp_path / "store/demo"
+    ours, store = stored_run(tmp_path / "ours"), tmp_path / "store/demo"
     save(ours, 1)
     push_run(ours, f"file://{store}")
-    other = made_run(tmp_path / "other", url=f"file://{tmp_path / 'store'}")
+    other = stored_run(tmp_path / "other", url=f"file://{tmp_path / 'store'}")
     before = content(store)
     with pytest.raises(InputError, match="holds another run of this name"):
         push_run(other, None)
@@ -182,7 +182,7 @@ def test_another_run_and_a_newer_one_are_left_alone(tmp_path: Path, caplog: pyte
 
 
 def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
-    ours, store = made_run(tmp_path / "a"), tmp_path / "store/demo"
+    ours, store = stored_run(tmp_path / "a"), tmp_path / "store/demo"
     for step in (1, 2, 3):
         save(ours, step, best=step == 1)
     push_run(ours, f"file://{store}")
@@ -202,7 +202,7 @@ def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
 
 
 def test_a_damaged_copy_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ours, store = made_run(tmp_path / "a"), tmp_path / "store"
+    ours, store = stored_run(tmp_path / "a"), tmp_path / "store"
     for step in (1, 2):
         save(ours, step)
     push_run(ours, f"file://{store}")
@@ -249,7 +249,7 @@ def test_a_run_by_its_address_is_read_from_a_copy_that_follows(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    ours, url = made_run(tmp_path / "a"), f"s3://{BUCKET}/read/demo"
+    ours, url = stored_run(tmp_path / "a"), f"s3://{BUCKET}/read/demo"
     for step in (1, 2):
         save(ours, step)
     push_run(ours, url)
@@ -279,5 +279,5 @@ def test_addresses_with_a_password_or_without_a_library_are_refused() -> None:
     with pytest.raises(InputError) as refused:
         Remote("s3://key:secret@bucket/run")
     assert "secret" not in str(refused.value)
-    with pytest.raises(InputError, match=r"gs://bucket/run is not allowed; .* pip install 'coe-dist\[gs\]'"):
+    with pytest.raises(InputError, match=r"gs://bucket/run is not allowed; .* pip install -e '\.\[gs\]' in the "):
         Remote("gs://bucket/run")

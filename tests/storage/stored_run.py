@@ -10,7 +10,7 @@ from pathlib import Path
 from coe_dist.config import parse_config
 
 
-def made_run(folder: Path, name: str = "demo", *, url: str | None = None) -> Path:
+def stored_run(folder: Path, name: str = "demo", *, url: str | None = None) -> Path:
     config = parse_config({"name": name, "runs_dir": str(folder), "storage": {"url": url}})
     run = config.run_dir
     (run / "logs").mkdir(parents=True)
