@@ -35,6 +35,17 @@ def private_network_command(argv: Sequence[str]) -> list[str]:
     return ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *argv]
 
 
+def slow_network_command(argv: Sequence[str], *, bytes_per_second: int, burst: int) -> list[str]:
+    """`argv` under a network with only `lo`, which carries so many bytes a second after the first `burst` bytes. Skips
+    the test, saying why, where the kernel has no such network."""
+    shape = f"tc qdisc add dev lo root tbf rate {8 * bytes_per_second}bit burst {burst} latency 10s"
+    network = ["unshare", "-rn", "sh", "-c", f'ip link set lo mtu 1500 up && {shape} && exec "$@"', "sh"]
+    tried = subprocess.run([*network, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode != 0:
+        pytest.skip(f"a slow network cannot be made here: {tried.stderr.strip()}")
+    return [*network, *argv]
+
+
 def clean_environment(**changes: str) -> dict[str, str]:
     """The environment of a process that tests start: finds the package, without this user's Ray settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
