@@ -19,6 +19,7 @@ from coe_dist.coe.macs import average_macs, count_macs
 
 EXIT_RATE = 0.3
 MACS_TOLERANCE = 0.05
+LARGEST_LOGIT = 20.0  # about a trained network's; float32 has steps of 8e-6 at 100, near what answers may differ by
 _PART = 64  # images at a time
 
 
@@ -43,7 +44,7 @@ def build_networks(family: Family, images: int) -> Networks:
         for network in (delegator, *experts, plain, condconv):
             _settle(network, images_NCHW)
         features_NF = _spread_selection(delegator, images_NCHW)
-        nn.init.normal_(delegator.class_head.weight, std=0.5)
+        _spread_classes(delegator, features_NF)
         confidence_N, order_N = confidence(delegator.class_head(features_NF)).double().sort(descending=True)
     exits = round(EXIT_RATE * images)
     collaboration = CollaborationOfExperts(
@@ -101,6 +102,13 @@ def _spread_selection(delegator: Delegator, images_NCHW: torch.Tensor) -> torch.
     delegator.selection_head.weight.copy_(weight_EF)
     delegator.selection_head.bias.copy_(-weight_EF @ mean_F)
     return features_NF
+
+
+def _spread_classes(delegator: Delegator, features_NF: torch.Tensor) -> None:
+    """A class head that is sure of some images and not of others, with logits up to LARGEST_LOGIT."""
+    nn.init.normal_(delegator.class_head.weight)
+    nn.init.zeros_(delegator.class_head.bias)
+    delegator.class_head.weight.mul_(LARGEST_LOGIT / delegator.class_head(features_NF).abs().max())
 
 
 def _mixed(order_N: torch.Tensor, exits: int) -> torch.Tensor:
