@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,14 @@ class Study:
 
     @property
     def left(self) -> list[Training]:
-        """Of the chosen, each equal one once, and tested where one of them is."""
+        """Of the chosen, each equal one once, and tested where one of them is; before them what they start from, where
+        its weights are not here."""
         needed: dict[str, Training] = {}
-        for training in self.chosen:
-            if self.results.row_of(training.digest, test=training.test) is None:
-                known = needed.get(training.digest)
-                if known is None or (training.test and not known.test):
-                    needed[training.digest] = training
+        unfinished = [t for t in self.chosen if self.results.row_of(t.digest, test=t.test) is None]
+        for training in [*missing_starts(unfinished), *unfinished]:
+            known = needed.get(training.digest)
+            if known is None or (training.test and not known.test):
+                needed[training.digest] = training
         return list(needed.values())
 
     def finished(self, trainings: Sequence[Training]) -> int:
@@ -123,11 +124,11 @@ class Study:
             record.close([self.results.rows_path, self.results.curves_path], status)
 
     def _begin(self, training: Training, record: StudyRecord) -> Job:
-        run_dir = training.config.run_dir
+        config, run_dir = training.started_config(), training.config.run_dir
         # of a training that was cut short; its metrics were never sent
         reopened = None if any(line["kind"] == "end" for line in read_metrics(run_dir)) else run_id_of(run_dir)
         with deferred():
-            prepare_folder(training.config, overwrite=True)
+            prepare_folder(config, overwrite=True)
             job = training.job(record.begin(training, reopened))
             self.begun.append(training)
         return job
@@ -135,13 +136,16 @@ class Study:
     def _finish(self, training: Training, trained: Trained, record: StudyRecord) -> None:
         row = None
         with deferred():
-            self.begun.remove(training)
+            begun = training in self.begun
+            if begun:
+                self.begun.remove(training)
             if trained.problem is None:
                 row = self._add(training, trained)
             else:
                 self.failures.append(f"{training.label} seed {training.seed}: {trained.problem}")
                 self.say(f"failed: {self.failures[-1]}")
-            record.finish(training, row)
+            if begun:
+                record.finish(training, row)
 
     def _add(self, training: Training, trained: Trained) -> Row:
         row, curve = self.outcome(training, trained)
@@ -171,12 +175,16 @@ class Study:
         points, answers = finished_points(self.every, self.results), []
 
         def begin(training: Training) -> Job:
-            prepare_folder(training.config, overwrite=True)
+            prepare_folder(training.started_config(), overwrite=True)
             return training.job()
+
+        starts = missing_starts(pairs.values())
 
         def finish(training: Training, trained: Trained) -> None:
             if trained.problem is not None:
                 raise TrainingError(f"{training.label} seed {training.seed}: {trained.problem}")
+            if training in starts:
+                return
             before = self.results.row_of(training.digest, test=training.test)
             assert before is not None
             allowed = verifying.allowed_difference(training.curve, points)
@@ -185,7 +193,7 @@ class Study:
             self.say(verifying.sentence(answers[-1]))
 
         run_all(
-            [verifying.repeated(training) for training in pairs.values()],
+            [*starts, *(verifying.repeated(training) for training in pairs.values())],
             slots=min(self.slots, len(pairs)),
             logs=prepare_logs(self.base),
             begin=begin,
@@ -206,6 +214,12 @@ class Study:
             "points": summarised(points, self.settings.baseline),
             "frontier": found,
         }
+
+
+def missing_starts(trainings: Iterable[Training]) -> list[Training]:
+    """What these start from and whose weights are not here."""
+    starts = {start.digest: start for training in trainings for _, start in training.starts}
+    return [start for start in starts.values() if start.weights is None]
 
 
 def prepare_logs(base: RunConfig) -> Path:
@@ -257,9 +271,11 @@ def _say_cost(study: Study, left: Sequence[Training], limits: Limits) -> None:
     every = [seconds_of(training) for training in left]
     measured = study.finished(study.every)
     source = f"by {measured} finished trainings" if measured else "by counted MACs"
+    own = sum(training in study.chosen for training in left)
+    others = f" and {len(left) - own} to start from" if own < len(left) else ""
     study.say(
-        f"study {study.settings.name}: {len(left)} of {len(study.chosen)} trainings are left, {study.slots} at a time, "
-        f"about {makespan(every, study.slots) / 60:.0f} minutes ({source})"
+        f"study {study.settings.name}: {own} of {len(study.chosen)} trainings{others} are left, "
+        f"{study.slots} at a time, about {makespan(every, study.slots) / 60:.0f} minutes ({source})"
     )
     if limits.runs is not None or limits.minutes is not None:
         parts = [f"{limits.runs} trainings"] if limits.runs is not None else []

@@ -38,11 +38,18 @@ def run_all(
         while waiting or busy:
             while waiting and len(busy) < slots:
                 elapsed = time.monotonic() - started
-                if max_seconds is not None and begun >= slots and elapsed + seconds_of(waiting[0]) > max_seconds:
+                training = next((one for one in waiting if one.ready), None if busy else waiting[0])
+                if training is None:
+                    break
+                if max_seconds is not None and begun >= slots and elapsed + seconds_of(training) > max_seconds:
                     waiting = []
                     break
-                training = waiting.pop(0)
-                job = begin(training)
+                waiting.remove(training)
+                try:
+                    job = begin(training)
+                except TrainingError as error:
+                    finish(training, Trained(0.0, 0.0, str(error)))
+                    continue
                 if not free:
                     free.append(Slot(logs / f"slot-{number}.log"))
                     number += 1
@@ -50,7 +57,7 @@ def run_all(
                 slot.submit(job)
                 busy[slot.connection] = (slot, training, time.monotonic())
                 begun += 1
-            for connection in wait(list(busy)):
+            for connection in wait(list(busy)) if busy else ():
                 assert isinstance(connection, Connection)
                 slot, training, since = busy.pop(connection)
                 try:

@@ -17,13 +17,18 @@ STUDIES = Path("configs/studies")
 
 
 class CurveConfig(Section):
-    """Trainings of one kind. `single` trains the network of `experts` alone; its delegator and router play no part."""
+    """Trainings of one kind. `single` trains the network of `experts` alone; its delegator and router play no part.
+
+    start: CURVE/POINT of the single network, trained with the same seed, whose weights the delegator or all experts of
+    these trainings start from (training/initial_weights.py).
+    """
 
     kind: Literal["collaboration", "single"]
     overrides: list[str] = Field(default_factory=list)  # of every point of the curve, after the study's own
     points: Annotated[dict[Name, list[str]], Field(min_length=1)]
     seeds: Seeds | None = None  # none: the study's
     test: bool = True  # false: a search for settings, which sees validation only
+    start: dict[Literal["delegator", "experts"], str] = Field(default_factory=dict)
 
 
 class FrontierConfig(Section):
@@ -73,10 +78,10 @@ def load_study(path: Path) -> StudyConfig:
                         f"{field}: {curve!r} is not allowed; give a curve of kind {kind} that is tested "
                         f"({', '.join(allowed) or 'there is none'})"
                     )
-    if study.baseline is not None:
-        points = [f"{name}/{point}" for name, curve in study.curves.items() for point in curve.points]
-        if study.baseline not in points:
-            raise InputError(f"baseline: {study.baseline!r} is not allowed; give one of {', '.join(points)}")
+    points = {f"{name}/{point}": curve for name, curve in study.curves.items() for point in curve.points}
+    if study.baseline is not None and study.baseline not in points:
+        raise InputError(f"baseline: {study.baseline!r} is not allowed; give one of {', '.join(points)}")
+    _check_starts(study, [label for label, curve in points.items() if curve.kind == "single"])
     for field, seeds in {
         "seeds": study.seeds,
         **{f"curves.{n}.seeds": c.seeds for n, c in study.curves.items()},
@@ -84,3 +89,17 @@ def load_study(path: Path) -> StudyConfig:
         if seeds is not None and len(set(seeds)) < len(seeds):
             raise InputError(f"{field}: {seeds} is not allowed; give each seed once")
     return study.model_copy(update={"base": str(path.parent / study.base)})
+
+
+def _check_starts(study: StudyConfig, singles: list[str]) -> None:
+    for name, curve in study.curves.items():
+        for section, label in curve.start.items():
+            if curve.kind == "single":
+                raise InputError(
+                    f"curves.{name}.start: {label!r} is not allowed; only collaborations start from others"
+                )
+            if label not in singles:
+                raise InputError(
+                    f"curves.{name}.start.{section}: {label!r} is not allowed; give a point of a curve of kind single "
+                    f"({', '.join(singles) or 'there is none'})"
+                )

@@ -7,12 +7,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from coe_dist.config import NetworkConfig, RunConfig, load_config
-from coe_dist.errors import InputError
-from coe_dist.study.schema import StudyConfig
-from coe_dist.tracking import tracking_uri
+from coe_dist.errors import InputError, TrainingError
+from coe_dist.study.schema import CurveConfig, StudyConfig
+from coe_dist.tracking import read_metrics, tracking_uri
+from coe_dist.training.checkpoint import WEIGHTS, complete_saves
 from coe_dist.training.job import Job
 
 # what does not change the trained networks
@@ -38,6 +40,7 @@ class Training:
     test: bool
     overrides: tuple[str, ...]  # of the curve and the point
     config: RunConfig
+    starts: tuple[tuple[str, Training], ...] = ()  # section and the single network that it starts from
 
     @property
     def seed(self) -> int:
@@ -63,6 +66,8 @@ class Training:
         content.get("data", {}).pop("staging", None)
         if self.network:
             content["experts"] = self.network.model_dump(mode="json")
+        if self.starts:
+            content["starts"] = {section: training.digest for section, training in self.starts}
         text = json.dumps({"kind": self.kind, **content}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -71,10 +76,32 @@ class Training:
         """Times each training image is shown to an expert (or to the single network), over all epochs."""
         return self.config.training.epochs * (1 if self.network else self.config.experts_per_sample)
 
+    @property
+    def weights(self) -> Path | None:
+        """Of a single network that is trained and still in its run folder."""
+        saves = complete_saves(self.config.run_dir / "checkpoints")
+        ended = any(record["kind"] == "end" for record in read_metrics(self.config.run_dir))
+        return saves[0] / f"single.{WEIGHTS}" if saves and ended else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that it starts from is there."""
+        return all(training.weights is not None for _, training in self.starts)
+
+    def started_config(self) -> RunConfig:
+        """Its configuration with the weights it starts from. Raises TrainingError when they are not there."""
+        config = self.config
+        for section, training in self.starts:
+            if training.weights is None:
+                raise TrainingError(f"{self.label} starts from {training.label} seed {training.seed}, which failed")
+            weights = {"initial_weights": str(training.weights)}
+            config = config.model_copy(update={section: getattr(config, section).model_copy(update=weights)})
+        return config
+
     def job(self, mlflow_run_id: str | None = None) -> Job:
         return Job(
             task="baseline" if self.network else "train",
-            config=self.config,
+            config=self.started_config(),
             run_dir=str(self.config.run_dir.absolute()),
             mlflow_run_id=mlflow_run_id,
             network=self.network,
@@ -98,21 +125,30 @@ def trainings_of(study: StudyConfig, *, only: str | None = None, seeds: Sequence
     place = tracking_uri(study_config(study))
     found: list[tuple[int, Training]] = []
     for name, curve in study.curves.items():
-        for point, own in curve.points.items():
+        for point in curve.points:
             if only is not None and not any(fnmatch.fnmatchcase(text, only) for text in (name, f"{name}/{point}")):
                 continue
-            overrides = (*curve.overrides, *own)
-            try:
-                config = load_config(study.base, [*study.overrides, *overrides])
-            except InputError as error:
-                raise InputError(f"curves.{name}.points.{point}: {error}") from None
             for position, seed in enumerate(seeds or curve.seeds or study.seeds):
-                settled = _settled(study, config.model_copy(update={"seed": seed}), place, f"{name}.{point}")
-                found.append((position, Training(name, point, curve.kind, curve.test, overrides, settled)))
+                found.append((position, _training(study, name, point, seed, place)))
     if not found:
         points = [f"{name}/{point}" for name, curve in study.curves.items() for point in curve.points]
         raise InputError(f"--only: {only!r} is not allowed; it matches none of {', '.join(points)}")
     return [training for _, training in sorted(found, key=lambda pair: pair[0])]
+
+
+def _training(study: StudyConfig, name: str, point: str, seed: int, place: str) -> Training:
+    curve: CurveConfig = study.curves[name]
+    overrides = (*curve.overrides, *curve.points[point])
+    try:
+        config = load_config(study.base, [*study.overrides, *overrides])
+    except InputError as error:
+        raise InputError(f"curves.{name}.points.{point}: {error}") from None
+    settled = _settled(study, config.model_copy(update={"seed": seed}), place, f"{name}.{point}")
+    starts = []
+    for section, label in curve.start.items():
+        start, _, start_point = label.partition("/")
+        starts.append((section, _training(study, start, start_point, seed, place)))
+    return Training(name, point, curve.kind, curve.test, overrides, settled, tuple(starts))
 
 
 def _settled(study: StudyConfig, config: RunConfig, place: str, label: str) -> RunConfig:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from small_data import small_config, write_config
 
-from coe_dist.errors import InputError
+from coe_dist.errors import InputError, TrainingError
 from coe_dist.study.display import parse_seeds
 from coe_dist.study.schema import StudyConfig, find_study, load_study
 from coe_dist.study.trainings import Training, trainings_of
@@ -55,7 +55,7 @@ def coe(*overrides: str) -> dict[str, Any]:
         ({"curves": {"x": {"kind": "single"}}}, "curves.x.points: missing; it must be given"),
         (
             {"curves": {"x": {"kind": "single", "points": {"a": []}, "sed": 1}}},
-            "curves.x.sed: unknown key; allowed here: kind, overrides, points, seeds, test",
+            "curves.x.sed: unknown key; allowed here: kind, overrides, points, seeds, test, start",
         ),
         (
             {"frontier": {"single": "coe", "collaborations": ["coe"]}},
@@ -160,6 +160,26 @@ def test_the_studies_of_this_project_are_whole(path: Path) -> None:
         assert len(sizes) >= 6
         counts = {t.config.experts.count for t in tested if t.curve in study.frontier.collaborations}
         assert counts >= {2, 4, 8, 16}
+
+
+def test_a_collaboration_may_start_from_a_single_network(tmp_path: Path) -> None:
+    def study(**start: str) -> list[Training]:
+        curves = {
+            "single": {"kind": "single", "points": {"a": [], "b": ["experts.options.width=0.3"]}},
+            "coe": {"kind": "collaboration", "points": {"a": []}, "start": start},
+        }
+        return trainings_of(loaded(tmp_path, curves=curves), seeds=[3])
+
+    plain, (_, _, started) = study()[-1], study(experts="single/a")
+    other = study(experts="single/b")[-1]
+    assert len({plain.digest, started.digest, other.digest}) == 3
+    ((section, start),) = started.starts
+    assert (section, start.label, start.seed) == ("experts", "single/a", 3)
+    assert (plain.ready, started.ready) == (True, False)
+    with pytest.raises(TrainingError, match="coe/a starts from single/a seed 3, which failed"):
+        started.job()
+    with pytest.raises(InputError, match=r"^curves.coe.start.experts: 'coe/a' is not allowed; give .*single/b"):
+        study(experts="coe/a")
 
 
 def test_a_training_is_the_job_of_one_plain_process(tmp_path: Path) -> None:

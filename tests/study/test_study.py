@@ -188,3 +188,22 @@ def test_refused(folder: Path, options: dict[str, Any], message: str) -> None:
 
     with pytest.raises(InputError, match=message):
         run(**options)
+
+
+def test_a_collaboration_starts_from_a_single_network(folder: Path, lines: list[str]) -> None:
+    study = yaml.safe_load((folder / "tiny.yaml").read_text())
+    start = {"kind": "collaboration", "overrides": ["experts.initial_noise=0"], "points": {"a": []}}
+    curves = {"single": study["curves"]["single"], "wild": study["curves"]["wild"]}
+    curves |= {"good": {**start, "start": {"experts": "single/a"}}, "lost": {**start, "start": {"experts": "wild/a"}}}
+    changes = {"name": "started", "curves": curves, "frontier": None, "parallel": 2}
+    (folder / "started.yaml").write_text(yaml.safe_dump({**study, **changes}, sort_keys=False))
+    said: list[str] = []
+    with pytest.raises(TrainingError, match="2 trainings failed; wild/a seed 0"):
+        run_study(str(folder / "started.yaml"), only="[gl]*", say=said.append)
+    assert said[0].startswith("study started: 2 of 2 trainings and 2 to start from are left")
+    assert [row.label for row in Results(folder / "results", "started").rows] == ["single/a", "good/a"]
+    assert "failed: lost/a seed 0: lost/a starts from wild/a seed 0, which failed" in said
+    weights = folder / "runs" / "started.good.a.seed0" / "config.yaml"
+    assert yaml.safe_load(weights.read_text())["experts"]["initial_weights"].endswith("/single.safetensors")
+    answers = run_study(str(folder / "started.yaml"), only="good", verify=True, say=said.append)["verify"]
+    assert [(answer["curve"], answer["equal"]) for answer in answers] == [("good", True)]
