@@ -71,10 +71,11 @@ class Study:
         its weights are not here."""
         needed: dict[str, Training] = {}
         unfinished = [t for t in self.chosen if self.results.row_of(t.digest, test=t.test) is None]
-        for training in [*missing_starts(unfinished), *unfinished]:
-            known = needed.get(training.digest)
-            if known is None or (training.test and not known.test):
-                needed[training.digest] = training
+        for wanted in unfinished:
+            for training in [*missing_starts([wanted]), wanted]:
+                known = needed.get(training.digest)
+                if known is None or (training.test and not known.test):
+                    needed[training.digest] = training
         return list(needed.values())
 
     def finished(self, trainings: Sequence[Training]) -> int:

@@ -38,7 +38,7 @@ def run_all(
         while waiting or busy:
             while waiting and len(busy) < slots:
                 elapsed = time.monotonic() - started
-                training = next((one for one in waiting if one.ready), None if busy else waiting[0])
+                training = _next(waiting, [one for _, one, _ in busy.values()])
                 if training is None:
                     break
                 if max_seconds is not None and begun >= slots and elapsed + seconds_of(training) > max_seconds:
@@ -71,3 +71,12 @@ def run_all(
         for slot in [*free, *(slot for slot, _, _ in busy.values())]:
             slot.close()
     return begun
+
+
+def _next(waiting: Sequence[Training], running: Sequence[Training]) -> Training | None:
+    """The first that is ready and starts from none that is still running; None: to be asked again when one has ended.
+    Where none runs, the first, ready or not."""
+    for training in waiting:
+        if training.ready and not any(start in running for _, start in training.starts):
+            return training
+    return None if running else waiting[0]
