@@ -42,6 +42,7 @@ def slow_network_command(argv: Sequence[str], *, bytes_per_second: int, burst: i
     network = ["unshare", "-rn", "sh", "-c", f'ip link set lo mtu 1500 up && {shape} && exec "$@"', "sh"]
     tried = subprocess.run([*network, "true"], capture_output=True, text=True, check=False)
     if tried.returncode != 0:
+        assert "not found" not in tried.stderr, tried.stderr  # a missing command is no reason to skip
         pytest.skip(f"a slow network cannot be made here: {tried.stderr.strip()}")
     return [*network, *argv]
 

@@ -26,7 +26,7 @@ from coe_dist.study.schema import StudyConfig, find_study, load_study
 from coe_dist.study.slot import Trained
 from coe_dist.study.tables import write_tables
 from coe_dist.study.trainings import Training, study_config, trainings_of
-from coe_dist.tracking import Status, read_metrics, run_id_of
+from coe_dist.tracking import Status, run_id_of
 from coe_dist.training.checks import check_run
 from coe_dist.training.job import Job
 from coe_dist.training.run_folder import locked, prepare_folder
@@ -127,7 +127,7 @@ class Study:
     def _begin(self, training: Training, record: StudyRecord) -> Job:
         config, run_dir = training.started_config(), training.config.run_dir
         # of a training that was cut short; its metrics were never sent
-        reopened = None if any(line["kind"] == "end" for line in read_metrics(run_dir)) else run_id_of(run_dir)
+        reopened = None if training.ended else run_id_of(run_dir)
         with deferred():
             prepare_folder(config, overwrite=True)
             job = training.job(record.begin(training, reopened))

@@ -6,13 +6,13 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from coe_dist.config import NetworkConfig, RunConfig, load_config
 from coe_dist.errors import InputError, TrainingError
-from coe_dist.study.schema import CurveConfig, StudyConfig
+from coe_dist.study.schema import StudyConfig
 from coe_dist.tracking import read_metrics, tracking_uri
 from coe_dist.training.checkpoint import WEIGHTS, complete_saves
 from coe_dist.training.job import Job
@@ -77,11 +77,22 @@ class Training:
         return self.config.training.epochs * (1 if self.network else self.config.experts_per_sample)
 
     @property
+    def ended(self) -> bool:
+        """Whether its run folder holds a training to the end."""
+        return any(record["kind"] == "end" for record in read_metrics(self.config.run_dir))
+
+    @property
     def weights(self) -> Path | None:
-        """Of a single network that is trained and still in its run folder."""
-        saves = complete_saves(self.config.run_dir / "checkpoints")
-        ended = any(record["kind"] == "end" for record in read_metrics(self.config.run_dir))
-        return saves[0] / f"single.{WEIGHTS}" if saves and ended else None
+        """Of a single network that is trained, with these very settings, and still in its run folder."""
+        run_dir = self.config.run_dir
+        saves = complete_saves(run_dir / "checkpoints")
+        if (
+            not saves
+            or not self.ended
+            or replace(self, config=load_config(run_dir / "config.yaml")).digest != self.digest
+        ):
+            return None
+        return saves[0] / f"single.{WEIGHTS}"
 
     @property
     def ready(self) -> bool:
@@ -92,10 +103,11 @@ class Training:
         """Its configuration with the weights it starts from. Raises TrainingError when they are not there."""
         config = self.config
         for section, training in self.starts:
-            if training.weights is None:
+            weights = training.weights
+            if weights is None:
                 raise TrainingError(f"{self.label} starts from {training.label} seed {training.seed}, which failed")
-            weights = {"initial_weights": str(training.weights)}
-            config = config.model_copy(update={section: getattr(config, section).model_copy(update=weights)})
+            network = getattr(config, section).model_copy(update={"initial_weights": str(weights)})
+            config = config.model_copy(update={section: network})
         return config
 
     def job(self, mlflow_run_id: str | None = None) -> Job:
@@ -123,31 +135,37 @@ def trainings_of(study: StudyConfig, *, only: str | None = None, seeds: Sequence
     whose overrides are refused, and when nothing matches.
     """
     place = tracking_uri(study_config(study))
+    known: dict[tuple[str, str], RunConfig] = {}
     found: list[tuple[int, Training]] = []
     for name, curve in study.curves.items():
         for point in curve.points:
             if only is not None and not any(fnmatch.fnmatchcase(text, only) for text in (name, f"{name}/{point}")):
                 continue
             for position, seed in enumerate(seeds or curve.seeds or study.seeds):
-                found.append((position, _training(study, name, point, seed, place)))
+                found.append((position, _training(study, name, point, seed, place, known)))
     if not found:
         points = [f"{name}/{point}" for name, curve in study.curves.items() for point in curve.points]
         raise InputError(f"--only: {only!r} is not allowed; it matches none of {', '.join(points)}")
     return [training for _, training in sorted(found, key=lambda pair: pair[0])]
 
 
-def _training(study: StudyConfig, name: str, point: str, seed: int, place: str) -> Training:
-    curve: CurveConfig = study.curves[name]
+def _training(
+    study: StudyConfig, name: str, point: str, seed: int, place: str, known: dict[tuple[str, str], RunConfig]
+) -> Training:
+    """known: the configurations of points that were read before."""
+    curve = study.curves[name]
     overrides = (*curve.overrides, *curve.points[point])
-    try:
-        config = load_config(study.base, [*study.overrides, *overrides])
-    except InputError as error:
-        raise InputError(f"curves.{name}.points.{point}: {error}") from None
-    settled = _settled(study, config.model_copy(update={"seed": seed}), place, f"{name}.{point}")
+    if (name, point) not in known:
+        try:
+            known[name, point] = load_config(study.base, [*study.overrides, *overrides])
+        except InputError as error:
+            raise InputError(f"curves.{name}.points.{point}: {error}") from None
+    config = known[name, point].model_copy(update={"seed": seed})
+    settled = _settled(study, config, place, f"{name}.{point}")
     starts = []
     for section, label in curve.start.items():
         start, _, start_point = label.partition("/")
-        starts.append((section, _training(study, start, start_point, seed, place)))
+        starts.append((section, _training(study, start, start_point, seed, place, known)))
     return Training(name, point, curve.kind, curve.test, overrides, settled, tuple(starts))
 
 

@@ -18,6 +18,8 @@ from small_data import small_config, write_config, write_small
 from coe_dist.errors import InputError, Preempted, TrainingError
 from coe_dist.study.command import Limits, run_study
 from coe_dist.study.results import Results
+from coe_dist.study.schema import load_study
+from coe_dist.study.trainings import Training, trainings_of
 from coe_dist.tracking.store import connect
 
 WILD = ["training.optimizer.learning_rate=1e30", "training.optimizer.warmup_epochs=0"]  # diverges
@@ -207,3 +209,10 @@ def test_a_collaboration_starts_from_a_single_network(folder: Path, lines: list[
     assert yaml.safe_load(weights.read_text())["experts"]["initial_weights"].endswith("/single.safetensors")
     answers = run_study(str(folder / "started.yaml"), only="good", verify=True, say=said.append)["verify"]
     assert [(answer["curve"], answer["equal"]) for answer in answers] == [("good", True)]
+
+    def first(**changes: Any) -> Training:
+        (folder / "changed.yaml").write_text(yaml.safe_dump({**study, "name": "started", **changes}, sort_keys=False))
+        return trainings_of(load_study(folder / "changed.yaml"), only="single/a")[0]
+
+    assert first().weights is not None
+    assert first(overrides=["training.epochs=2"]).weights is None  # the same folder, but trained with other settings
