@@ -17,6 +17,8 @@ plain, plain_best  one network; the batch whole, or in chunks side by side where
 soft_mixture       all experts on every image
 by_hand            delegator, then expert called directly, the expert known beforehand; batch 1 only
 
+"operations" and "bytes" are counted for one batch (inference_work.py), the first one.
+
 All take turns in rounds; "seconds" is the median round's mean for one batch, p50 and p95 are of single calls.
 "page_faults": of the process, for each image. With 8 images and 8 experts a group has about one image: there the dense
 batches, and their advantage, are gone.
@@ -40,10 +42,12 @@ from coe_dist.bench.inference_checks import Reference, answered, batches_of, che
 from coe_dist.bench.inference_families import EXPERTS, FAMILIES
 from coe_dist.bench.inference_networks import EXIT_RATE, Networks, build_networks
 from coe_dist.bench.inference_systems import PACKED_FOR, Batch, Run, Variants, answer_of, systems
+from coe_dist.bench.inference_work import count_work
 from coe_dist.bench.record import Record, case, machine, versions
 
 BATCHES, OPTION_BATCHES, OPTION_FAMILY = (1, 8, 64, 256), (1, 64, 256), "100M"
 ROUNDS, SECONDS = 7, 20  # of one case: fewer rounds, but at least 2, when they take longer
+HOPELESS = 1.5  # times the fastest variant's first call
 
 
 def run_inference_bench(*, quick: bool = False) -> Record:
@@ -78,7 +82,7 @@ def _case(fields: dict[str, Any], networks: Networks, reference: Reference, batc
     count = sum(len(part.images_NCHW) for part in batches)
     answer = reference.answer
     for name, figure in figures.items():
-        figure["variant"] = chosen[name]
+        figure |= {"variant": chosen[name], **count_work(found[name][chosen[name]], batches[0])}
         if name.startswith(("plain", "condconv")):
             figure["macs"] = networks.macs[name.partition("_")[0]]
         elif name == "soft_mixture":
@@ -166,9 +170,12 @@ def _seconds(run: Run, batches: list[Batch]) -> list[float]:
 
 
 def _fastest(variants: Variants, batches: list[Batch]) -> str:
-    """All have run before, so that what they prepare in their first call is done."""
-    if len(variants) == 1:
-        return next(iter(variants))
+    """All have run before, so that what they prepare in their first call is done. Those that are far from the fastest
+    in one call are not measured further."""
+    first = {variant: sum(_seconds(run, batches[:1])) for variant, run in variants.items()}
+    near = [variant for variant, seconds in first.items() if seconds <= HOPELESS * min(first.values())]
+    if len(near) == 1:
+        return near[0]
     few = batches[: max(1, len(batches) // 4)]
-    figures = _in_turns(variants, few, 3)
+    figures = _in_turns({variant: variants[variant] for variant in near}, few, 3)
     return min(figures, key=lambda variant: float(figures[variant]["seconds"]))

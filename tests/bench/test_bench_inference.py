@@ -14,6 +14,7 @@ from coe_dist.bench.inference_condconv import FORMS, CondConv, condconv_trunk, s
 from coe_dist.bench.inference_families import EXPERTS, FAMILIES
 from coe_dist.bench.inference_networks import MACS_TOLERANCE, Networks, build_networks, macs_of
 from coe_dist.bench.inference_systems import Batch, soft_mixture, systems
+from coe_dist.bench.inference_work import count_work
 from coe_dist.bench.run import run_bench
 
 
@@ -34,6 +35,7 @@ def test_quick_run_has_every_peer_at_equal_macs() -> None:
         for figure in (ours, *peers.values()):
             assert 0 < figure["p50"] <= figure["p95"]
             assert figure["rounds"] == 2
+            assert figure.get("operations", 1) > 0
             assert figure["images_per_second"] == measured["case"]["batch"] / figure["seconds"]
         for peer in peers.values():
             assert peer["ratio"] == peer["seconds"] / ours["seconds"]
@@ -45,6 +47,7 @@ def test_quick_run_has_every_peer_at_equal_macs() -> None:
         best = {"plain_best", "condconv_best"} if measured["case"]["setting"] == "tuned" else set()
         assert set(peers) == always | hand | best
         assert ours["exempt"] <= 1
+        assert ours["operations"] > peers["plain"]["operations"]  # a delegator's and those of several experts
         assert measured["case"]["exit_rate"] == 5 / 16
         assert sum(measured["case"]["loads"]) == 11
         for name in always - {"soft_mixture"} | best:
@@ -131,3 +134,28 @@ def test_checks_find_what_does_not_agree(networks: Networks) -> None:
     loop = runs["condconv_loop"]["contiguous"]
     with pytest.raises(AssertionError, match="condconv_loop"):
         check_peers({**runs, "condconv_loop": {"contiguous": lambda batch: loop(batch) * 1.001}}, batch)
+
+
+def test_work_is_counted_by_hand() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * 4, 5))
+    images = torch.zeros(2, 3, 4, 4)
+    convolution = 2 * 3 * 4 * 4 + 4 * 3 * 3 * 3 + 2 * 4 * 2 * 2
+    linear = 2 * 16 + 16 * 5 + 5 + 2 * 5
+    found = count_work(lambda batch: layers(batch.images_NCHW), Batch(images, 0))
+    assert found == {"operations": 2, "bytes": 4 * (convolution + linear)}
+    in_place = count_work(lambda batch: batch.images_NCHW.view(-1).add_(1), Batch(images, 0))
+    assert in_place == {"operations": 1, "bytes": 2 * 4 * images.numel()}
+
+
+@torch.inference_mode()
+def test_grouped_experts_are_counted_whatever_the_threads(networks: Networks) -> None:
+    runs = systems(networks, 8, tuned=True)
+    batch = Batch(networks.images_NCHW[:8], 0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        ours = count_work(runs["ours"]["packed"], batch)
+        torch.set_num_threads(2)
+        assert count_work(runs["ours"]["packed"], batch) == ours
+    finally:
+        torch.set_num_threads(threads)
