@@ -56,7 +56,7 @@ def refusal(content: Any) -> str:
         ("experts.options.width", NAN, "nan", "give a finite number, text, true or false, or a list of whole numbers"),
         ("experts.options", 3, "3", "give a mapping of keys"),
         ("training", None, "None", "give a mapping of keys"),
-        ("training.epochs", 0, "0", "give a whole number from 1 to 100000"),
+        ("training.epochs", -1, "-1", "give a whole number from 0 to 100000"),
         ("training.optimizer.learning_rate", 0, "0", "give a number above 0.0"),
         ("training.optimizer.learning_rate", NAN, "nan", "give a number above 0.0"),
         ("training.optimizer.learning_rate", INFINITY, "inf", "give a number above 0.0"),

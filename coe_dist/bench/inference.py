@@ -5,8 +5,8 @@ experts. EXIT_RATE of the images end at the delegator. "macs" are those of one i
 (CondConv's mixing of kernels included; the case's own average for ours).
 
 setting "supplied": every network as its library supplies it, with the C library's allocator as it is. "kept": the same
-networks, the allocator told to keep freed memory (allocator.py). "tuned": also BatchNorm folded and weights packed
-everywhere, and every system in the memory layout that is fastest for it at this batch size ("variant").
+networks (of ONE_FAMILY), the allocator told to keep freed memory (allocator.py). "tuned": also BatchNorm folded and
+weights packed everywhere, and every system in the memory layout that is fastest for it at this batch size ("variant").
 
 condconv_batched   timm's forward: a grouped convolution with a group for each image
 condconv_loop      an ordinary convolution with its mixed kernel for each image
@@ -45,8 +45,10 @@ from coe_dist.bench.inference_systems import PACKED_FOR, Batch, Run, Variants, a
 from coe_dist.bench.inference_work import count_work
 from coe_dist.bench.record import Record, case, machine, versions
 
-BATCHES, OPTION_BATCHES, OPTION_FAMILY = (1, 8, 64, 256), (1, 64, 256), "100M"
-ROUNDS, SECONDS = 7, 20  # of one case: fewer rounds, but at least 2, when they take longer
+BATCHES, OPTION_BATCHES = (1, 8, 64, 256), (1, 64, 256)
+ONE_FAMILY = "100M"  # whose settings "kept" and "options" are measured
+ROUNDS, SECONDS = 7, 20  # of one case: fewer rounds when they take longer
+FAR = 4.0  # times the fastest system's seconds
 HOPELESS = 1.5  # times the fastest variant's first call
 
 
@@ -59,13 +61,13 @@ def run_inference_bench(*, quick: bool = False) -> Record:
     built = {name: build_networks(FAMILIES[name], 16 if quick else max(BATCHES)) for name in names}
     references = {name: one_by_one(networks) for name, networks in built.items()}
     cases = []
-    for setting in ("supplied", "kept", "tuned"):
+    family = "light" if quick else ONE_FAMILY
+    for setting, measured in (("supplied", names), ("kept", [family]), ("tuned", names)):
         if setting == "kept":
             keep_freed_memory()
-        for name, networks in built.items():
+        for name in measured:
             fields = {"networks": name, "setting": setting}
-            cases += [_case(fields, networks, references[name], batch, rounds) for batch in batches]
-    family = "light" if quick else OPTION_FAMILY
+            cases += [_case(fields, built[name], references[name], batch, rounds) for batch in batches]
     for batch in option_batches:
         cases.append(_options_case(family, built[family], references[family], batch, rounds, compiled=not quick))
     packages = versions("coe-dist", "torch", "timm")
@@ -82,7 +84,9 @@ def _case(fields: dict[str, Any], networks: Networks, reference: Reference, batc
     count = sum(len(part.images_NCHW) for part in batches)
     answer = reference.answer
     for name, figure in figures.items():
-        figure |= {"variant": chosen[name], **count_work(found[name][chosen[name]], batches[0])}
+        figure["variant"] = chosen[name]
+        if name != "soft_mixture":  # all experts' work, and the slowest to count
+            figure |= count_work(found[name][chosen[name]], batches[0])
         if name.startswith(("plain", "condconv")):
             figure["macs"] = networks.macs[name.partition("_")[0]]
         elif name == "soft_mixture":
@@ -122,18 +126,21 @@ def _options_case(
 
 
 def _in_turns(runs: Mapping[str, Run], batches: list[Batch], rounds: int) -> dict[str, dict[str, Any]]:
-    """Figures of each system; in every round each runs all batches, another system first each time."""
+    """Figures of each system; in every round each runs all batches, another system first each time. When a round
+    takes long, systems that are FAR from the fastest sit out the others."""
     calls: dict[str, list[list[float]]] = {name: [] for name in runs}
     faults = dict.fromkeys(runs, 0)
     names = list(runs)
-    start = time.perf_counter()
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             before = _page_faults()
             calls[name].append(_seconds(runs[name], batches))
             faults[name] += _page_faults() - before
-        if number and time.perf_counter() - start > SECONDS:
+        used = {name: sum(map(sum, calls[name])) for name in calls}
+        if sum(used.values()) > SECONDS and number:
             break
+        if sum(used.values()) > SECONDS / 2:
+            names = [name for name in names if used[name] <= FAR * min(used.values())]
     images = len(batches[0].images_NCHW)
     return {
         name: _figures(rounds_of, images) | {"page_faults": faults[name] / (len(rounds_of) * len(batches) * images)}
@@ -172,6 +179,8 @@ def _seconds(run: Run, batches: list[Batch]) -> list[float]:
 def _fastest(variants: Variants, batches: list[Batch]) -> str:
     """All have run before, so that what they prepare in their first call is done. Those that are far from the fastest
     in one call are not measured further."""
+    if len(variants) == 1:
+        return next(iter(variants))
     first = {variant: sum(_seconds(run, batches[:1])) for variant, run in variants.items()}
     near = [variant for variant, seconds in first.items() if seconds <= HOPELESS * min(first.values())]
     if len(near) == 1:

@@ -97,8 +97,9 @@ def study(
     as_json: AsJson = False,
 ) -> None:
     """Run the trainings of a study that are left; write its table and plot. Finished ones are kept in a CSV file."""
-    from coe_dist.study.command import Limits, run_study
+    from coe_dist.study.command import run_study
     from coe_dist.study.display import parse_seeds, say_to_stderr, show_study
+    from coe_dist.study.study import Limits
 
     result = run_study(
         name,

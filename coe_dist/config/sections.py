@@ -98,7 +98,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = 10  # 0: the networks answer as they start (initial_weights)
     global_batch: Annotated[int, Field(ge=1, le=1_048_576)] = 256  # images per optimizer step over all ranks
     accumulation: Annotated[int, Field(ge=1, le=1024)] = 1  # micro-batches per optimizer step
     optimizer: OptimizerConfig = OptimizerConfig()

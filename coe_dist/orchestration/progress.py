@@ -88,7 +88,7 @@ class ProgressDisplay:
 
 def render(state: ProgressState, *, running: bool = True) -> Group:
     """The live display: where the run stands, its losses, its newest evaluation, the load of every expert."""
-    if state.total_steps == 0:
+    if state.total_steps == 0 and state.seconds is None:
         return Group(Text("workers are starting ..." if running else ""))
     where = Table.grid(padding=(0, 2))
     cells: list[Text | ProgressBar] = [

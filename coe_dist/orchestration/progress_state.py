@@ -70,6 +70,8 @@ class ProgressState:
         workers = f" on {self.workers} worker{'' if self.workers == 1 else 's'}" if self.workers else ""
         if self.resumed_from and self.step >= self.total_steps:
             return f"nothing is left to train: {self.resumed_from} is of step {self.step} of {self.total_steps}"
+        if self.total_steps == 0:
+            return "training.epochs is 0: the networks answer as they start"
         begins = f"resuming from {self.resumed_from}" if self.resumed_from else "training starts"
         return f"{begins} at step {self.step} of {self.total_steps}{workers}"
 

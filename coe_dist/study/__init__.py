@@ -10,5 +10,6 @@ running.py     the trainings that are left, as many at a time as there are slots
 record.py      MLflow: one run per training below one run of the study
 statistics.py  means, spreads, the single networks' curve and the saving on it
 frontier.py    the saving in MACs at equal accuracy
+study.py       what is left of a study, and its turns
 tables.py, plots.py, verify.py, command.py
 """

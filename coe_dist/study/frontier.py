@@ -1,7 +1,8 @@
 """The saving in MACs at equal accuracy: collaborations against single networks of one family.
 
 Every collaboration gets one exit threshold, common to its seeds, and one collaboration is reported as the saving; both
-are chosen on validation, by the saving there. The figures reported for them are the test split's.
+are chosen on validation, by the saving there; a baseline (schema.FrontierConfig) is never the one. The figures reported
+for them are the test split's.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def frontier(study: StudyConfig, trainings: Sequence[Training], results: Results
     assert settings is not None
     points = finished_points(trainings, results)
     singles = sorted((p for p in points.values() if p.curve == settings.single), key=lambda p: p.macs)
-    systems = [p for p in points.values() if p.curve in settings.collaborations]
-    if len(singles) < 2 or not systems:
+    systems = [p for p in points.values() if p.curve in (*settings.collaborations, *settings.baselines)]
+    if len(singles) < 2 or not any(p.curve in settings.collaborations for p in systems):
         return None
     macs = [single.macs for single in singles]
     validation, test = ([_top1s(s, split) for s in singles] for split in ("val", "test"))
@@ -73,9 +74,11 @@ def frontier(study: StudyConfig, trainings: Sequence[Training], results: Results
         chosen = _at(system, threshold, lambda line: (line.test_macs or 0.0, line.test_top1 or 0.0))
         saving = bootstrap_saving(list(zip(macs, test, strict=True)), chosen, draws=settings.draws)
         found.append(_described(system, threshold, expected, chosen, saving, macs, test))
-    best = max(found, key=lambda point: float(point["validation_saving"]))
+    eligible = [point for point in found if point["curve"] in settings.collaborations]
+    best = max(eligible, key=lambda point: float(point["validation_saving"]))
     used = [*singles, *systems]
-    wanted = {t.label for t in trainings if t.curve in (settings.single, *settings.collaborations)}
+    curves = (settings.single, *settings.collaborations, *settings.baselines)
+    wanted = {t.label for t in trainings if t.curve in curves}
     seeds = sorted(set.intersection(*(set(point.rows) for point in used)))
     whole = all(results.row_of(t.digest, test=True) is not None for t in trainings if t.label in wanted)
     names = ("curve", "point", "threshold", "macs", "single_macs", "bound")

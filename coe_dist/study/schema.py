@@ -32,10 +32,12 @@ class CurveConfig(Section):
 
 
 class FrontierConfig(Section):
-    """Which curves are compared for the saving in MACs at equal accuracy."""
+    """Which curves are compared for the saving in MACs at equal accuracy. baselines: collaborations that are shown
+    beside the others and never reported as the saving, such as two networks trained apart."""
 
     single: Name
     collaborations: Annotated[list[Name], Field(min_length=1)]
+    baselines: list[Name] = Field(default_factory=list)
     draws: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000  # of the bootstrap over seeds
 
 
@@ -68,14 +70,16 @@ def load_study(path: Path) -> StudyConfig:
     """Reads and checks a study. Raises InputError (one line) naming the field; `base` becomes a usable path."""
     study = parse(StudyConfig, read_yaml(path))
     if study.frontier is not None:
-        named = {"frontier.single": [study.frontier.single], "frontier.collaborations": study.frontier.collaborations}
-        for field, curves in named.items():
-            kind = field.removeprefix("frontier.").removesuffix("s")
+        for field, kind, curves in (
+            ("single", "single", [study.frontier.single]),
+            ("collaborations", "collaboration", study.frontier.collaborations),
+            ("baselines", "collaboration", study.frontier.baselines),
+        ):
             allowed = [name for name, curve in study.curves.items() if curve.kind == kind and curve.test]
             for curve in curves:
                 if curve not in allowed:
                     raise InputError(
-                        f"{field}: {curve!r} is not allowed; give a curve of kind {kind} that is tested "
+                        f"frontier.{field}: {curve!r} is not allowed; give a curve of kind {kind} that is tested "
                         f"({', '.join(allowed) or 'there is none'})"
                     )
     points = {f"{name}/{point}": curve for name, curve in study.curves.items() for point in curve.points}

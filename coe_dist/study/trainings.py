@@ -171,7 +171,7 @@ def _training(
 
 def _settled(study: StudyConfig, config: RunConfig, place: str, label: str) -> RunConfig:
     """As one plain process trains it: nothing is evaluated or saved before the end, and MLflow gets it afterwards."""
-    never = config.training.epochs
+    never = max(1, config.training.epochs)
     return config.model_copy(
         update={
             "name": f"{study.name}.{label}.seed{config.seed}",

@@ -87,6 +87,8 @@ class Loop:
         step, first = position.step, position.step_in_epoch
         if step and not first:
             self._catch_up(step, position.epoch - 1)
+        if self.config.training.epochs == 0 and not resumed:
+            self._start_save(position)
         for epoch in range(position.epoch, self.config.training.epochs):
             if self.pwlu.begin_epoch(epoch):
                 self._record("pwlu", step, epoch, {}, message="piecewise linear units begin to learn")
@@ -106,7 +108,12 @@ class Loop:
             self.task.finish(self.data.batches, step)
         now = time.perf_counter()
         self._record(
-            "end", step, self.config.training.epochs - 1, {}, seconds=now - started, evaluate_seconds=now - before
+            "end",
+            step,
+            max(0, self.config.training.epochs - 1),
+            {},
+            seconds=now - started,
+            evaluate_seconds=now - before,
         )
         return True
 

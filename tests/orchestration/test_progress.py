@@ -102,6 +102,7 @@ def test_one_line_an_epoch_where_there_is_no_terminal(tmp_path):
     ("start", "line"),
     [
         (START_ON_ONE, "training starts at step 0 of 30 on 1 worker"),
+        (START_ON_ONE | {"epochs": 0}, "training.epochs is 0: the networks answer as they start"),
         (RESUMED, "resuming from step-00000010 at step 10 of 30 on 2 workers"),
         (
             RESUMED | {"step": 30, "resumed_from": "step-00000030"},
@@ -120,6 +121,11 @@ def test_epochs_without_an_evaluation_have_their_line_too(tmp_path):
     text = shown(tmp_path, [lines(START, train(5), train(10), train(15), train(20), train(30), END)], terminal=False)
     assert [line.split(",")[0] for line in text.splitlines()[1:-1]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     assert "loss 1.9000" in text.splitlines()[1]
+
+
+def test_no_epochs_end_too(tmp_path):
+    text = shown(tmp_path, [lines(START | {"epochs": 0}, END | {"step": 0, "seconds": 2.0})], terminal=False)
+    assert text.splitlines()[-1] == "trained 0 steps in 0:00:02"
 
 
 def test_live_display_shows_the_newest_figures(tmp_path):

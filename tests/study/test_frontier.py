@@ -73,6 +73,25 @@ def test_the_saving_by_hand(study: StudyConfig, tmp_path: Path) -> None:
     json.dumps(found)
 
 
+def test_a_baseline_is_shown_and_never_the_saving(study: StudyConfig, tmp_path: Path) -> None:
+    assert study.frontier is not None
+    lone = {**study.curves, "apart": study.curves["coe"].model_copy(update={"points": {"better": ["experts.count=2"]}})}
+    compared = study.frontier.model_copy(update={"baselines": ["apart"]})
+    study = study.model_copy(update={"curves": lone, "frontier": compared})
+    trainings = trainings_of(study)
+    results = results_of(tmp_path, [t for t in trainings if t.curve != "apart"])
+    for training in trainings:
+        if training.curve == "apart":
+            curve = [(0.5, 20, 0.75, 20, 0.75), (2.0, 9000, 0.75, 9000, 0.75)]
+            results.add(row_for(training, macs=20, top1=0.75), curve_for(training, curve))
+    found = frontier(study, trainings, results)
+    assert found is not None
+    assert [point["curve"] for point in found["collaborations"]] == ["coe", "coe", "apart"]
+    assert found["macs_saving"]["point"] == "good"
+    only_baselines = [t for t in trainings if t.kind == "single" or t.curve == "apart"]
+    assert frontier(study, only_baselines, results) is None
+
+
 def test_thresholds_below_the_curve_are_not_chosen(study: StudyConfig, tmp_path: Path) -> None:
     """At threshold 0.1 the collaboration reaches 50% on validation, which no single network of the study is as low as:
     1,000 / 200 would look like a saving."""

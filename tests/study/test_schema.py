@@ -65,6 +65,10 @@ def coe(*overrides: str) -> dict[str, Any]:
             {"frontier": {"single": "single", "collaborations": ["coe", "cow"]}},
             "frontier.collaborations: 'cow' is not allowed; give a curve of kind collaboration that is tested (coe)",
         ),
+        (
+            {"frontier": {"single": "single", "collaborations": ["coe"], "baselines": ["single"]}},
+            "frontier.baselines: 'single' is not allowed; give a curve of kind collaboration that is tested (coe)",
+        ),
         ({"baseline": "coe/b"}, "baseline: 'coe/b' is not allowed; give one of single/a, single/b, coe/a"),
     ],
 )

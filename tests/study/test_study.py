@@ -16,9 +16,10 @@ import yaml
 from small_data import small_config, write_config, write_small
 
 from coe_dist.errors import InputError, Preempted, TrainingError
-from coe_dist.study.command import Limits, run_study
+from coe_dist.study.command import run_study
 from coe_dist.study.results import Results
 from coe_dist.study.schema import load_study
+from coe_dist.study.study import Limits
 from coe_dist.study.trainings import Training, trainings_of
 from coe_dist.tracking.store import connect
 

@@ -16,6 +16,7 @@ from trained_run import INFO, job_of, run_on_two_ranks, small_run
 
 from coe_dist.config import load_config, parse_config
 from coe_dist.errors import InputError
+from coe_dist.tracking import read_metrics
 from coe_dist.training.networks import NetworkBuilder, starting_networks
 
 TIMM = "test_efficientnet"
@@ -128,7 +129,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_training_starts_from_the_file_and_goes_on_without_it(tmp_path: Path) -> None:
-    """On two ranks, replicas of an expert start alike; the file may be gone once there is a save."""
+    """On two ranks, replicas of an expert start alike; the file may be gone once there is a save. After no epochs
+    the networks are the file's, evaluated and saved."""
     source = small_run(tmp_path / "source", 3)
     (save,) = (source / "checkpoints").glob("step-*")
     file = tmp_path / "start.safetensors"
@@ -138,13 +140,19 @@ def test_a_training_starts_from_the_file_and_goes_on_without_it(tmp_path: Path) 
         tmp_path / "data",
         tmp_path / "runs",
         experts={"initial_weights": str(file), "initial_noise": 0.0},
-        training={"epochs": 1, "optimizer": {"learning_rate": 1e-9, "weight_decay": 0.0}},
+        training={"epochs": 0, "optimizer": {"learning_rate": 1e-9, "weight_decay": 0.0}},
     )
     config = parse_config(content)
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
-    run_on_two_ranks(tmp_path, [job_of(config.run_dir, "train")])
-    trained = load_file(next((config.run_dir / "checkpoints").glob("step-*")) / "expert-0002.safetensors")
+    run_on_two_ranks(tmp_path, [job_of(config.run_dir, "train"), job_of(config.run_dir, "train", "training.epochs=1")])
+    untrained, trained = (
+        load_file(save / "expert-0002.safetensors") for save in sorted((config.run_dir / "checkpoints").glob("step-*"))
+    )
+    different = [name for name, value in load_file(file).items() if not torch.equal(untrained[name], value)]
+    assert all(name.startswith("normalise.") or name.endswith("num_batches_tracked") for name in different)
+    first, second = (record for record in read_metrics(config.run_dir) if record["kind"] == "end")
+    assert (first["step"], first["epoch"], second["step"]) == (0, 0, 4)
     for name, value in load_file(file).items():
         if not name.startswith("normalise.") and "running" not in name and "num_batches" not in name:
             assert torch.allclose(trained[name], value, atol=1e-6), name
@@ -152,4 +160,4 @@ def test_a_training_starts_from_the_file_and_goes_on_without_it(tmp_path: Path) 
     assert load_config(config.run_dir / "config.yaml").experts.initial_weights == str(file)
     jobs = [job_of(config.run_dir, "train", "training.epochs=2"), job_of(config.run_dir, "evaluate")]
     run_on_two_ranks(tmp_path, jobs)
-    assert len(list((config.run_dir / "checkpoints").glob("step-*"))) == 2
+    assert max(save.name for save in (config.run_dir / "checkpoints").glob("step-*")) == "step-00000008"
