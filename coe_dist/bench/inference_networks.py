@@ -21,6 +21,7 @@ EXIT_RATE = 0.3
 MACS_TOLERANCE = 0.05
 LARGEST_LOGIT = 20.0  # about a trained network's; float32 has steps of 8e-6 at 100, near what answers may differ by
 _PART = 64  # images at a time
+_BALANCING = 200  # steps
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,21 @@ def _settle(network: nn.Module, images_NCHW: torch.Tensor) -> None:
 
 
 def _spread_selection(delegator: Delegator, images_NCHW: torch.Tensor) -> torch.Tensor:
-    """A selection head on the whitened main directions of the features and their opposites: each expert is chosen.
-    Returns the features [N,F]."""
+    """A selection head on the whitened main directions of the features and their opposites, biased until experts are
+    chosen about equally often, as after a balanced training. Returns the features [N,F]."""
     features_NF = torch.cat([delegator.trunk(delegator.normalise(part)) for part in torch.split(images_NCHW, _PART)])
     mean_F = features_NF.mean(0)
     _, strengths, directions = torch.linalg.svd(features_NF - mean_F, full_matrices=False)
     half = EXPERTS // 2
     mix_EH = torch.cat([torch.eye(half), -torch.eye(half)])
     weight_EF = mix_EH @ (directions[:half] / strengths[:half, None] * len(images_NCHW) ** 0.5)
+    bias_E = -weight_EF @ mean_F
+    scores_NE = features_NF @ weight_EF.T
+    for step in range(_BALANCING):
+        loads_E = torch.bincount((scores_NE + bias_E).argmax(1), minlength=EXPERTS) / len(images_NCHW)
+        bias_E -= (1 - step / _BALANCING) * scores_NE.std() * (loads_E - 1 / EXPERTS)
     delegator.selection_head.weight.copy_(weight_EF)
-    delegator.selection_head.bias.copy_(-weight_EF @ mean_F)
+    delegator.selection_head.bias.copy_(bias_E)
     return features_NF
 
 
