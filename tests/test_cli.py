@@ -114,6 +114,16 @@ def test_a_wrong_command_line(arguments: list[str], words: str) -> None:
     assert words in refused(*arguments)
 
 
+def test_a_python_without_the_requirements_is_told_in_one_line() -> None:
+    """As on a cluster's machine where Ray runs in another environment than ours."""
+    environment = {"PYTHONPATH": str(ROOT)}
+    bare = [sys.executable, "-S", "-m", "coe_dist", "--help"]
+    done = subprocess.run(bare, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"coe-dist: {sys.executable} has no module typer; install coe_dist's requirements there")
+
+
 def test_debug_shows_the_traceback() -> None:
     done = cli("--debug", "train", "nowhere.yaml")
     assert done.returncode != 0
