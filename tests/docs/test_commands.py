@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("reader")
     for name in ("configs", "coe_dist", "docs", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
-    write_dataset("fashion-mnist", folder / "data/fashion-mnist", limit=LIMIT)
+    write_dataset("fashion-mnist", folder / "data/fashion-mnist")
     home = folder / "home"
     generator = np.random.default_rng(0)
 
