@@ -35,7 +35,6 @@ def test_quick_run_has_every_peer_at_equal_macs() -> None:
         for figure in (ours, *peers.values()):
             assert 0 < figure["p50"] <= figure["p95"]
             assert figure["rounds"] == 2
-            assert figure.get("operations", 1) > 0
             assert figure["images_per_second"] == measured["case"]["batch"] / figure["seconds"]
         for peer in peers.values():
             assert peer["ratio"] == peer["seconds"] / ours["seconds"]
@@ -47,6 +46,7 @@ def test_quick_run_has_every_peer_at_equal_macs() -> None:
         best = {"plain_best", "condconv_best"} if measured["case"]["setting"] == "tuned" else set()
         assert set(peers) == always | hand | best
         assert ours["exempt"] <= 1
+        assert all(peers[name]["operations"] > 0 and peers[name]["bytes"] > 0 for name in set(peers) - {"soft_mixture"})
         assert ours["operations"] > peers["plain"]["operations"]  # a delegator's and those of several experts
         assert measured["case"]["exit_rate"] == 5 / 16
         assert sum(measured["case"]["loads"]) == 11

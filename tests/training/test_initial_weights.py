@@ -160,4 +160,5 @@ def test_a_training_starts_from_the_file_and_goes_on_without_it(tmp_path: Path) 
     assert load_config(config.run_dir / "config.yaml").experts.initial_weights == str(file)
     jobs = [job_of(config.run_dir, "train", "training.epochs=2"), job_of(config.run_dir, "evaluate")]
     run_on_two_ranks(tmp_path, jobs)
-    assert max(save.name for save in (config.run_dir / "checkpoints").glob("step-*")) == "step-00000008"
+    saves = {save.name for save in (config.run_dir / "checkpoints").glob("step-*")}
+    assert {"step-00000004", "step-00000008"} <= saves <= {"step-00000000", "step-00000004", "step-00000008"}
