@@ -33,15 +33,17 @@ import resource
 import statistics
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from coe_dist.allocator import keep_freed_memory
+from coe_dist.bench.fastest import fastest
 from coe_dist.bench.inference_checks import Reference, answered, batches_of, check_ours, check_peers, one_by_one
 from coe_dist.bench.inference_families import EXPERTS, FAMILIES
 from coe_dist.bench.inference_networks import EXIT_RATE, Networks, build_networks
-from coe_dist.bench.inference_systems import PACKED_FOR, Batch, Run, Variants, answer_of, systems
+from coe_dist.bench.inference_systems import PACKED_FOR, Batch, Run, answer_of, systems
 from coe_dist.bench.inference_work import count_work
 from coe_dist.bench.record import Record, case, machine, versions
 
@@ -49,7 +51,6 @@ BATCHES, OPTION_BATCHES = (1, 8, 64, 256), (1, 64)
 ONE_FAMILY = "100M"  # whose settings "kept" and "options" are measured
 ROUNDS, SECONDS = 7, 20  # of one case: fewer rounds when they take longer
 FAR = 4.0  # times the fastest system's seconds
-HOPELESS = 1.5  # times the fastest variant's first call
 
 
 def run_inference_bench(*, quick: bool = False) -> Record:
@@ -79,7 +80,11 @@ def _case(fields: dict[str, Any], networks: Networks, reference: Reference, batc
     found = systems(networks, batch, tuned=fields["setting"] == "tuned")
     exempt = max(check_ours(run, networks, batch, reference) for run in found["ours"].values())
     check_peers(found, batches[0])
-    chosen = {name: _fastest(variants, batches) for name, variants in found.items()}
+    few = batches[: max(1, len(batches) // 4)]
+    chosen = {
+        name: fastest({variant: partial(_seconds, run, few) for variant, run in variants.items()})
+        for name, variants in found.items()
+    }
     figures = _in_turns({name: found[name][variant] for name, variant in chosen.items()}, batches, rounds)
     count = sum(len(part.images_NCHW) for part in batches)
     answer = reference.answer
@@ -174,17 +179,3 @@ def _seconds(run: Run, batches: list[Batch]) -> list[float]:
         run(batch)
         seconds.append(time.perf_counter() - start)
     return seconds
-
-
-def _fastest(variants: Variants, batches: list[Batch]) -> str:
-    """All have run before, so that what they prepare in their first call is done. Those that are far from the fastest
-    in one call are not measured further."""
-    if len(variants) == 1:
-        return next(iter(variants))
-    first = {variant: sum(_seconds(run, batches[:1])) for variant, run in variants.items()}
-    near = [variant for variant, seconds in first.items() if seconds <= HOPELESS * min(first.values())]
-    if len(near) == 1:
-        return near[0]
-    few = batches[: max(1, len(batches) // 4)]
-    figures = _in_turns({variant: variants[variant] for variant in near}, few, 3)
-    return min(figures, key=lambda variant: float(figures[variant]["seconds"]))

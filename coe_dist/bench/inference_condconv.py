@@ -12,7 +12,6 @@ all_kernels  convolves each image with all K kernels, then mixes the outputs: K 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,9 +21,9 @@ import torch.nn.functional as F
 from timm.models._efficientnet_blocks import CondConvResidual
 from torch import nn
 
+from coe_dist.bench.fastest import fastest
 from coe_dist.coe.fusion import fuse_batchnorm
 
-HOPELESS = 2.0  # times the fastest form's first call
 FORMS = ("batched", "loop", "matmul", "all_kernels")
 
 
@@ -53,7 +52,7 @@ class CondConv(nn.Module):
 
     def forward(self, x_NCHW: torch.Tensor, routing_NK: torch.Tensor) -> torch.Tensor:
         if self.form == "fastest":
-            self.form = _fastest({form: partial(self._compute, form, x_NCHW, routing_NK) for form in self.forms()})
+            self.form = fastest({form: partial(self._compute, form, x_NCHW, routing_NK) for form in self.forms()})
         return self._compute(self.form, x_NCHW, routing_NK)
 
     def forms(self) -> list[str]:
@@ -129,20 +128,3 @@ def _folded(block: Any) -> nn.Module:
         setattr(block, norm, old.act)
     folded: nn.Module = block
     return folded
-
-
-def _fastest(works: dict[str, Callable[[], object]]) -> str:
-    """After a first call of each, the best of three calls; those far from the fastest are called once."""
-    for work in works.values():
-        work()
-    seconds = {name: _seconds(work) for name, work in works.items()}
-    near = [name for name in works if seconds[name] <= HOPELESS * min(seconds.values())]
-    if len(near) == 1:
-        return near[0]
-    return min(near, key=lambda name: min(seconds[name], _seconds(works[name]), _seconds(works[name])))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -53,7 +54,10 @@ def timed(work: Callable[[], object], repeats: int) -> tuple[float, float]:
 
 
 def case(fields: Mapping[str, Any], ours: Mapping[str, Any], peers: Mapping[str, Mapping[str, Any]]) -> Record:
-    """One measured case. `ours` and each peer hold "seconds"; the peers' "ratio" is added here."""
+    """One measured case. `ours` and each peer hold "seconds"; the peers' "ratio" is added here. Told on stderr, because
+    a benchmark may take half an hour."""
+    told = " ".join(f"{key}={value}" for key, value in fields.items())
+    print(f"bench: measured {told}: {ours['seconds']:.4g} s", file=sys.stderr, flush=True)
     with_ratio = {name: {**peer, "ratio": peer["seconds"] / ours["seconds"]} for name, peer in peers.items()}
     return {"case": dict(fields), "ours": dict(ours), "peers": with_ratio}
 

@@ -1,8 +1,8 @@
 """From a name to a network: delegators and experts (classifiers) with our own heads on a trunk.
 
-Names: see trunks.py, which also has the options `activation` and `condconv`; `resolution` belongs here. Weights are
-always random, never downloaded. Images come as uint8; they are resized and normalised inside, so that they travel as
-uint8, once, at the larger of the networks' sizes.
+Names: see trunks.py, which also has the options `activation` and `condconv`; `resolution` and a delegator's `selection`
+belong here. Weights are always random, never downloaded. Images come as uint8; they are resized and normalised inside,
+so that they travel as uint8, once, at the larger of the networks' sizes.
 
 Errors are ValueErrors of one line that begins with `network` or `options.<name>`.
 """
@@ -84,8 +84,14 @@ class Classifier(nn.Module):
         return cast(torch.Tensor, self.class_head(self.trunk(self.normalise(self.resize(images_NCHW)))))
 
 
+SELECTIONS = ("shared", "detached", "separate")
+
+
 class Delegator(nn.Module):
     """images_NCHW uint8 -> (class logits [N,C], selection logits [N,E]), two linear heads on one trunk.
+
+    selection: whether the two tasks share it (our own variants). "shared": both train it. "detached": no gradient of
+    selection reaches it. "separate": selection has a trunk of its own, selection_trunk, the same network again.
 
     The selection head starts at N(0, 0.01^2) weights and zero bias (our own rule): near to no preference, so that the
     first losses and not the initialisation make the experts' portions, but not all zero, which would make every
@@ -100,18 +106,27 @@ class Delegator(nn.Module):
         classes: int,
         experts: int,
         resize: Resize | None = None,
+        *,
+        selection: str = "shared",
     ) -> None:
         super().__init__()
         self.resize = resize or nn.Identity()
         self.normalise, self.trunk = normalise, trunk
+        self.selection = selection
+        self.selection_trunk: nn.Module | None = None
         self.class_head = nn.Linear(features, classes)
         self.selection_head = nn.Linear(features, experts)
         nn.init.normal_(self.selection_head.weight, std=0.01)
         nn.init.zeros_(self.selection_head.bias)
 
     def forward(self, images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features_NF = self.trunk(self.normalise(self.resize(images_NCHW)))
-        return self.class_head(features_NF), self.selection_head(features_NF)
+        x_NCHW = self.normalise(self.resize(images_NCHW))
+        features_NF = self.trunk(x_NCHW)
+        if self.selection_trunk is not None:
+            selecting_NF = self.selection_trunk(x_NCHW)
+        else:
+            selecting_NF = features_NF.detach() if self.selection == "detached" else features_NF
+        return self.class_head(features_NF), self.selection_head(selecting_NF)
 
 
 def build_classifier(
@@ -146,17 +161,30 @@ def build_delegator(
     std: Sequence[float],
     seed: int,
 ) -> Delegator:
-    """A delegator that chooses among `experts` experts; otherwise as build_classifier."""
+    """A delegator that chooses among `experts` experts; otherwise as build_classifier. Option `selection`: one of
+    SELECTIONS."""
+    selection = options.get("selection", SELECTIONS[0])
+    if selection not in SELECTIONS:
+        raise ValueError(f"options.selection: {selection!r} is not allowed; give one of {', '.join(SELECTIONS)}")
     with _seeded(seed):
-        resize, own = _resize(options)
+        resize, own = _resize(_without(options, "selection"))
         trunk, features = build_trunk(network, own, channels)
-        return Delegator(Normalise(channels, mean, std), trunk, features, classes, experts, resize)
+        delegator = Delegator(
+            Normalise(channels, mean, std), trunk, features, classes, experts, resize, selection=selection
+        )
+        if selection == "separate":  # after the others, which so have the weights they have with one trunk
+            delegator.selection_trunk, _ = build_trunk(network, own, channels)
+        return delegator
 
 
 def _resize(options: Options) -> tuple[Resize | None, Options]:
     """The first module of a network with the option `resolution`, and the options without it."""
-    others = {name: value for name, value in options.items() if name != "resolution"}
-    return (Resize(options["resolution"]) if "resolution" in options else None), others
+    resize = Resize(options["resolution"]) if "resolution" in options else None
+    return resize, _without(options, "resolution")
+
+
+def _without(options: Options, name: str) -> Options:
+    return {key: value for key, value in options.items() if key != name}
 
 
 def classifier_with_macs(

@@ -4,8 +4,8 @@ All experts start from the same file, and the delegator from one of its own. Wha
 on each one's parameters, by seed and expert, and then the different images that they are assigned. The file is a state
 dict as timm or torchvision know this network, or of a network of ours (an expert's file in a checkpoint or an export).
 Everything must fit but the classifier, which is skipped when its shapes differ: other classes. Selection starts
-at random unless the file is a delegator's for as many experts. Means and deviations of the pixels stay those of
-the data at hand.
+at random unless the file is a delegator's for as many experts; where it has a trunk of its own, that starts like the
+other. Means and deviations of the pixels stay those of the data at hand.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def start_from_file(network: nn.Module, field: str, section: PretrainableConfig,
         return ""
     weights = _in_our_names(field, path, network, read_weights(field, path))
     own = network.state_dict()
+    twins = {name: name.removeprefix("selection_") for name in own if name.startswith("selection_trunk.")}
+    weights |= {name: weights[twin] for name, twin in twins.items() if name not in weights and twin in weights}
     skipped = [
         name
         for name in weights

@@ -115,6 +115,31 @@ def test_selection_starts_without_preference_but_not_tied() -> None:
     assert float(torch.softmax(selection_NE.detach(), 1).max()) < 0.2
 
 
+@pytest.mark.parametrize("selection", ["shared", "detached", "separate"])
+def test_what_the_selection_loss_trains(selection: str) -> None:
+    delegator = build_delegator("small_cnn", {"selection": selection}, experts=3, **arguments())
+    _, selection_NE = delegator(images(8, 1, 28))
+    selection_NE.square().sum().backward()
+    trained = {name.partition(".")[0] for name, one in delegator.named_parameters() if one.grad is not None}
+    trunks = {"shared": {"trunk"}, "detached": set(), "separate": {"selection_trunk"}}[selection]
+    assert trained == {"selection_head", *trunks}
+
+
+def test_selection_with_a_trunk_of_its_own() -> None:
+    shared = build_delegator("small_cnn", {}, experts=3, **arguments())
+    separate = build_delegator("small_cnn", {"selection": "separate"}, experts=3, **arguments())
+    assert all(torch.equal(value, separate.state_dict()[name]) for name, value in shared.state_dict().items())
+    assert not torch.equal(
+        *(separate.state_dict()[f"{name}.stages.0.0.conv.weight"] for name in ("trunk", "selection_trunk"))
+    )
+    of_one, of_two = (count_macs(one, channels=1, resolution=28) for one in (shared, separate))
+    assert of_two == pytest.approx(2 * of_one, rel=0.05)  # but for the heads
+    with pytest.raises(ValueError, match=r"^options\.selection: 'own' is not allowed; give one of shared, detached"):
+        build_delegator("small_cnn", {"selection": "own"}, experts=3, **arguments())
+    with pytest.raises(ValueError, match=r"^options\.selection: unknown"):
+        build_classifier("small_cnn", {"selection": "shared"}, **arguments())
+
+
 def test_small_cnn_reaches_the_sizes_of_the_default_configuration() -> None:
     expert = build_classifier("small_cnn", {"width": 1.0}, **arguments())
     assert count_macs(expert, channels=1, resolution=28) == pytest.approx(240e3, rel=0.02)

@@ -71,6 +71,18 @@ def test_experts_start_from_the_file_and_differ_by_a_little_noise(tmp_path: Path
     assert torch.equal(exact[1].trunk.conv_stem.weight, weights["conv_stem.weight"])
 
 
+def test_selection_with_a_trunk_of_its_own_starts_as_the_other_does(tmp_path: Path) -> None:
+    pretrained(tmp_path / "net.pth")
+    content = small_config(tmp_path, tmp_path)
+    weights = str(tmp_path / "net.pth")
+    content["delegator"] = {"network": TIMM, "options": {"selection": "separate"}, "initial_weights": weights}
+    delegator, _ = starting_networks(NetworkBuilder(parse_config(content), INFO), range(0))
+    state = delegator.state_dict()
+    trunk = [name for name in state if name.startswith("trunk.") and not name.endswith("num_batches_tracked")]
+    assert trunk
+    assert all(torch.equal(state[name], state[f"selection_{name}"]) for name in trunk)
+
+
 def test_without_a_file_nothing_changes(tmp_path: Path) -> None:
     _, experts, _ = started(tmp_path, None)
     content = small_config(tmp_path, tmp_path, experts={"network": TIMM, "options": {}})
