@@ -1,8 +1,8 @@
 """The fenced blocks, commands and links of the project's Markdown files.
 
 A block's first line is its language and marks: ```sh server. Marks: `elsewhere` (other checks run it), `cluster` (needs
-one), `long` (takes too long here), `server` (its first command goes on until it is ended), `plugin` and `processes`
-(see test_documents.py), `file=NAME` (the text is that file).
+one), `downloads` (weights, from elsewhere), `long` (takes too long here), `server` (its first command goes on until it
+is ended), `plugin` and `processes` (see test_documents.py), `file=NAME` (the text is that file).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "cluster/*.md") for path in ROOT.glob(pattern))
-MARKS = {"elsewhere", "cluster", "long", "server", "plugin", "processes"}
+MARKS = {"elsewhere", "cluster", "downloads", "long", "server", "plugin", "processes"}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def test_help_answers_without_heavy_imports(command: str) -> None:
         assert f"Example: coe-dist {command}" in " ".join(done.stdout.split())
     else:
         assert all(name.split()[0] in done.stdout for name in COMMANDS)
+
+
+def test_version() -> None:
+    done = cli("--version")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"coe-dist {metadata.version('coe-dist')}")
 
 
 def test_without_a_command_the_help_is_shown() -> None:
@@ -250,6 +256,7 @@ def test_evaluate_refuses_what_it_cannot_evaluate(small_data: Path, tmp_path: Pa
         ({"macs_budget": float("nan")}, "^--macs-budget: nan is not allowed"),
         ({"threshold": float("nan")}, "^--threshold: nan is not allowed"),
         ({"threshold": -0.5}, "^--threshold: -0.5 is not allowed"),
+        ({"threshold": 1.5}, "^--threshold: 1.5 is not allowed; give a number from 0 to 1, or 2 for no early exit"),
         ({"threshold": 0.5, "macs_budget": 1e5}, "only one of them"),
     ]
     for given, words in options:

@@ -143,7 +143,8 @@ def test_a_name_cannot_leave_the_runs_folder(name: str) -> None:
         ),
         (
             {"name": "a", "data": {"progressive": {"start": 20, "until_epoch": 3, "until": 10}}},
-            "data.progressive.until: unknown key; allowed here: start, from_epoch, until_epoch",
+            "data.progressive.until: unknown key; allowed here: start, from_epoch, until_epoch; "
+            "did you mean until_epoch?",
         ),
         (
             {"name": "a", "distillation": {"teacher": "resnet50"}},
@@ -181,13 +182,19 @@ def test_one_expert_per_sample_is_allowed_without_selection_and_generalists() ->
 
 
 @pytest.mark.parametrize(
-    ("field", "neighbour"),
-    [("trainin", "training"), ("training.epoch", "epochs"), ("training.optimizer.lr", "learning_rate")],
+    ("field", "neighbour", "close"),
+    [
+        ("trainin", "training", "; did you mean training?"),
+        ("training.epoch", "epochs", "; did you mean epochs?"),
+        ("training.optimizer.lr", "learning_rate", ""),
+    ],
 )
-def test_an_unknown_key_names_those_that_exist(field: str, neighbour: str) -> None:
+def test_an_unknown_key_names_those_that_exist(field: str, neighbour: str, close: str) -> None:
     message = refusal(tree(field, 3))
     assert message.startswith(f"{field}: unknown key; allowed here: ")
-    assert neighbour in message.split(": ")[-1].split(", ")
+    assert neighbour in message.removesuffix(close).split(": ")[-1].split(", ")
+    assert message.endswith(close)
+    assert bool(close) == ("did you mean" in message)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -149,3 +149,22 @@ def test_a_wish_to_stop_ends_the_run_saved(place: Path) -> None:
     assert not (run / "stop-requested").exists()
     assert not (run / "report.html").exists()
     assert statuses(place / "runs")["stopped"] == "KILLED"
+
+
+def test_the_demo_after_another_budget_keeps_its_baselines(place: Path) -> None:
+    run, network = place / "runs/demo", place / "runs/demo-single-same-macs/network.json"
+    before = json.loads((run / "evaluation-test.json").read_text())["average_macs"], network.read_text()
+    evaluate = ["evaluate", str(run), "--macs-budget", str(0.6 * before[0])]
+    done = in_private_network([*COMMAND, *evaluate], cwd=place, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((run / "evaluation-test.json").read_text())["average_macs"] < 0.8 * before[0]
+    again = [
+        "demo",
+        str(ROOT / "configs/fashion_mnist.yaml"),
+        "training.epochs=1",
+        "workers.oversubscribe=true",
+        *SMALL,
+    ]
+    done = in_private_network([*COMMAND, *again], cwd=place, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert network.read_text() == before[1]

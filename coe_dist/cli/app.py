@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +31,7 @@ storage_app = typer.Typer(no_args_is_help=True, help="Runs in a store, such as s
 app.add_typer(storage_app, name="storage", rich_help_panel=GROUPS)
 export_app = typer.Typer(no_args_is_help=True, help="Turn a run into something that needs no run.")
 app.add_typer(export_app, name="export", rich_help_panel=GROUPS)
-mlflow_app = typer.Typer(no_args_is_help=True, help="Runs that MLflow does not have whole.")
+mlflow_app = typer.Typer(no_args_is_help=True, help="What MLflow has not yet received of a run.")
 app.add_typer(mlflow_app, name="mlflow", rich_help_panel=GROUPS)
 
 ConfigPath = Annotated[
@@ -64,8 +65,19 @@ def on_this_machine(param: typer.CallbackParam, value: Path | None) -> Path | No
     return value
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"coe-dist {metadata.version('coe-dist')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     if debug:
         os.environ["COE_DIST_DEBUG"] = "1"
 

@@ -59,7 +59,10 @@ def evaluate(
 @app.command(rich_help_panel=USE, epilog="Example: coe-dist calibrate runs/demo --min-accuracy 0.85")
 def calibrate(
     run: RunPlace,
-    macs_budget: Annotated[float | None, typer.Option(help="Average MACs per image to stay within.")] = None,
+    macs_budget: Annotated[
+        float | None,
+        typer.Option(help="Average MACs per image to stay within on validation; other images differ by a little."),
+    ] = None,
     min_accuracy: Annotated[
         float | None, typer.Option(help="Top-1 on validation (0 to 1) to reach with the fewest average MACs.")
     ] = None,

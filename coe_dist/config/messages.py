@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any, get_args
 
@@ -31,7 +32,11 @@ def describe(error: ValidationError, schema: type[BaseModel]) -> str:
         cause = context.get("error")
         return str(cause) if isinstance(cause, _RefusedError) else f"{field}: {cause}"
     if kind == "extra_forbidden":
-        return f"{field}: unknown key; allowed here: {', '.join(_allowed_keys(schema, location))}"
+        keys = _allowed_keys(schema, location)
+        close = difflib.get_close_matches(str(location[-1]), keys, n=1)
+        return f"{field}: unknown key; allowed here: {', '.join(keys)}" + (
+            f"; did you mean {close[0]}?" if close else ""
+        )
     if kind == "missing":
         return f"{field}: missing; it must be given"
     return f"{field}: {value!r} is not allowed; give {_allowed(schema, location, kind, context, first['msg'])}"

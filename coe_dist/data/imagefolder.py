@@ -68,20 +68,26 @@ def open_imagefolder(root: Path, opening: Opening = AS_IT_IS) -> Source:
 
     Classes are train's folders sorted by name; the other splits must have the same ones, or with `opening.labels` `val`
     is one folder of images that this file labels. With ROOT/test, `val` becomes the validation split; without, `val`
-    becomes the test split and validation is cut from train: of each class a tenth, at least 1 and at most 50, none from
-    a class of one image. Each split is stored in a fixed shuffled order, so that its first images are a fair sample
-    (our own rules). Raises InputError naming the folder at fault.
+    becomes the test split. What is then still missing of validation and test is cut from train: of each class a tenth,
+    at least 1 and at most 50, none from a class of one image. Each split is stored in a fixed shuffled order, so that
+    its first images are a fair sample (our own rules). Raises InputError naming the folder at fault.
     """
-    train_folder, val_folder = _folder(root, "train"), _folder(root, "val", "validation")
-    test_folder = root / "test" if (root / "test").is_dir() else None
+    train_folder = _folder(root, "train")
+    others = {"val": _folder(root, "val", "validation")} if opening.labels or _has_validation(root) else {}
+    others |= {"test": root / "test"} if (root / "test").is_dir() else {}
     classes, training = list_training(train_folder)
-    other, warnings = list_other(val_folder, classes, str(train_folder), opening.labels, opening.synsets)
-    listed = {"train": training, "test" if test_folder is None else "validation": other}
-    if test_folder is not None:
-        listed["test"], more = list_other(test_folder, classes, str(train_folder))
+    listed, warnings = {"train": training}, []
+    for name, folder in others.items():
+        labels = (opening.labels, opening.synsets) if name == "val" else (None, None)
+        split = "validation" if "test" in others and name == "val" else "test"
+        listed[split], more = list_other(folder, classes, str(train_folder), *labels)
         warnings += more
-    else:
-        listed["train"], listed["validation"] = _cut_validation(training, root)
+    for split in ("test", "validation"):
+        if split not in listed:
+            listed["train"], listed[split] = _cut(listed["train"], root, split)
+    if "val" not in others:
+        cut = "validation is" if "test" in others else "validation and test are"
+        warnings.append(f"{root}: no folder val; {cut} cut from train, a tenth of each class")
     opened = {split: _open_split(root, split, files, opening) for split, files in listed.items()}
     _require_every_class(opened["train"][0].labels_N, classes, train_folder, opening.limit)
     mean, std = _statistics(opened["train"][1])
@@ -159,6 +165,10 @@ def _statistics(inspections: Sequence[Inspection]) -> tuple[tuple[float, ...], t
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+def _has_validation(root: Path) -> bool:
+    return any((root / name).is_dir() for name in ("val", "validation"))
+
+
 def _folder(root: Path, *names: str) -> Path:
     for name in names:
         if (root / name).is_dir():
@@ -168,19 +178,20 @@ def _folder(root: Path, *names: str) -> Path:
     )
 
 
-def _cut_validation(files: Labelled, root: Path) -> tuple[Labelled, Labelled]:
+def _cut(files: Labelled, root: Path, split: str) -> tuple[Labelled, Labelled]:
+    """(what stays in train, what becomes `split`)."""
     by_class: dict[int, list[Path]] = {}
     for path, label in files:
         by_class.setdefault(label, []).append(path)
-    train, validation = Labelled(), Labelled()
+    train, other = Labelled(), Labelled()
     for label, paths in by_class.items():
         chosen = min(50, max(1, len(paths) // 10)) if len(paths) > 1 else 0
-        shuffled = permutation(len(paths), derive_seed(0, "imagefolder", "validation", label))
-        validation += [(paths[i], label) for i in sorted(shuffled[:chosen])]
+        shuffled = permutation(len(paths), derive_seed(0, "imagefolder", split, label))
+        other += [(paths[i], label) for i in sorted(shuffled[:chosen])]
         train += [(paths[i], label) for i in sorted(shuffled[chosen:])]
-    if not validation:
-        raise InputError(f"{root}: every class has a single training image; none is left for validation")
-    return train, validation
+    if not other:
+        raise InputError(f"{root}: every class has a single training image; none is left for {split}")
+    return train, other
 
 
 def _require_every_class(

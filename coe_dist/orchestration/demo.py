@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from coe_dist.orchestration.mirroring import mirrored
 from coe_dist.orchestration.ray_session import session_for
 from coe_dist.orchestration.runs import train_in
 from coe_dist.orchestration.shares import check_workers
-from coe_dist.training.run_folder import load_run_config
+from coe_dist.training.run_folder import load_run_config, trained_network
 
 
 def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
@@ -45,27 +46,36 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     seconds = {"data": time.perf_counter() - started}
 
     def timed(name: str, run_config: RunConfig, network: NetworkConfig | None, *, last: bool = False) -> Path:
+        what = "the collaboration" if network is None else f"a single network ({network.network}, {network.options})"
+        print(f"coe-dist: {run_config.name}: {what}", file=sys.stderr, flush=True)
         begin = time.perf_counter()
         run_dir = train_in(session, run_config, network=network, overwrite=overwrite, more_follows=not last)
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
         return run_dir
 
-    with session_for(config, None) as session:
-        run_dir = timed("train_coe", config, None)
-        coe = json.loads((run_dir / "evaluation-test.json").read_text())
-        expert = NetworkConfig(network=config.experts.network, options=config.experts.options)
+    def same_macs(average_macs: float) -> NetworkConfig:
         options = classifier_with_macs(
             expert.network,
             expert.options,
             channels=builder.info.channels,
             classes=len(builder.info.classes),
             resolution=config.data.resolution,
-            target_macs=coe["average_macs"],
+            target_macs=average_macs,
         )
-        same_macs = NetworkConfig(network=expert.network, options=options)
+        return NetworkConfig(network=expert.network, options=options)
+
+    expert = NetworkConfig(network=config.experts.network, options=config.experts.options)
+    with session_for(config, None) as session:
+        run_dir = timed("train_coe", config, None)
+        coe = json.loads((run_dir / "evaluation-test.json").read_text())
         singles = {}
-        for name, network in (("single", expert), ("single_same_macs", same_macs)):
+        for name in ("single", "single_same_macs"):
             baseline = config.model_copy(update={"name": f"{config.name}-{name.replace('_', '-')}"})
+            network = expert
+            if name == "single_same_macs":
+                # one that is there stays: the collaboration may have been calibrated for another budget since
+                known = None if overwrite else trained_network(baseline.run_dir)
+                network = known or same_macs(coe["average_macs"])
             single_dir = timed("train_single", baseline, network, last=name == "single_same_macs")
             singles[name] = json.loads((single_dir / "evaluation-test.json").read_text())
     ends = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ from coe_dist.config import NetworkConfig, RunConfig, parse_config
 from coe_dist.errors import InputError
 from coe_dist.training.stopping import clear_stop
 
+_NETWORK = "network.json"
 RESUMABLE = {
     f"training.{name}"
     for name in ("epochs", "evaluate_every", "checkpoint_every", "checkpoint_every_steps", "keep_checkpoints")
@@ -67,10 +68,16 @@ def evaluation_file(split: str, *, stored: bool) -> str:
 
 def check_network(run_dir: Path, network: NetworkConfig) -> None:
     """Remembers the single network a run folder trains. Raises InputError when it has trained another one."""
-    path, text = run_dir / "network.json", network.model_dump_json()
+    path, text = run_dir / _NETWORK, network.model_dump_json()
     if path.is_file() and path.read_text() != text:
         raise InputError(f"{run_dir}: it has trained another network ({path.read_text()}); give --overwrite")
     path.write_text(text)
+
+
+def trained_network(run_dir: Path) -> NetworkConfig | None:
+    """The single network that a run folder trains; None for a collaboration's, and where nothing is yet."""
+    path = run_dir / _NETWORK
+    return NetworkConfig.model_validate_json(path.read_text()) if path.is_file() else None
 
 
 @contextmanager

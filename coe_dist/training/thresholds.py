@@ -51,7 +51,7 @@ def check_threshold(threshold: float | None, macs_budget: float | None) -> None:
         return
     if macs_budget is not None:
         raise InputError(f"--threshold: {threshold} is not allowed; --macs-budget is given too, give only one of them")
-    if not 0 <= threshold <= NO_EXIT:
+    if not (0 <= threshold <= 1 or threshold == NO_EXIT):
         raise InputError(
             f"--threshold: {threshold} is not allowed; give a number from 0 to 1, or {NO_EXIT:g} for no early exit"
         )

@@ -180,6 +180,22 @@ def test_workers_give_the_same_source(tmp_path: Path) -> None:
     assert np.array_equal(one.splits["train"].labels_N, two.splits["train"].labels_N)
 
 
+@pytest.mark.parametrize(("test_folder", "sizes"), [(False, [20, 2, 2]), (True, [22, 2, 6])])
+def test_what_is_missing_is_cut_from_train(
+    image_tree: Path, tmp_path: Path, test_folder: bool, sizes: list[int]
+) -> None:
+    shutil.copytree(image_tree / "train", tmp_path / "train")
+    if test_folder:
+        shutil.copytree(image_tree / "val", tmp_path / "test")
+    source = open_imagefolder(tmp_path)
+    splits = [source.splits[name] for name in ("train", "validation", "test")]
+    assert [len(split) for split in splits] == sizes
+    files = [split.file_of(i) for split in splits for i in range(len(split))]
+    assert len(set(files)) == sum(sizes)
+    cut = "validation is" if test_folder else "validation and test are"
+    assert source.warnings == (f"{tmp_path}: no folder val; {cut} cut from train, a tenth of each class",)
+
+
 def test_differing_classes_are_named(image_tree: Path, tmp_path: Path) -> None:
     shutil.copytree(image_tree, tmp_path, dirs_exist_ok=True)
     (tmp_path / "val" / "bee").rename(tmp_path / "val" / "wasp")

@@ -118,7 +118,7 @@ BLOCKS = [
     block
     for path in [README, *(path for path in DOCUMENTS if path != README)]
     for block in blocks(path)
-    if block.language == "sh" and not block.marks & {"elsewhere", "cluster", "long", "plugin"}
+    if block.language == "sh" and not block.marks & {"elsewhere", "cluster", "downloads", "long", "plugin"}
 ]
 
 

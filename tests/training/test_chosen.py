@@ -136,7 +136,7 @@ def test_only_one_way_to_set_a_threshold() -> None:
     check_threshold(None, 1e6)
     for value in (0.0, 1.0, 2.0):
         check_threshold(value, None)
-    for value in (-0.1, 2.1, float("nan")):
+    for value in (-0.1, 1.5, 2.1, float("nan")):
         with pytest.raises(InputError, match=r"^--threshold: .* give a number from 0 to 1, or 2 for no early exit"):
             check_threshold(value, None)
     with pytest.raises(InputError, match=r"^--threshold: 0.5 is not allowed; --macs-budget is given too"):
