@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from coe_dist.report.comparison import tree_of
-from coe_dist.report.folder import Run, read_run
+from coe_dist.report.folder import Run
+from coe_dist.report.in_use import run_in_use
 from coe_dist.report.words import macs, percent
 from coe_dist.tracking.store import redact, write_bytes
 
@@ -19,7 +20,7 @@ SHOWN_CLASSES = 20
 def write_card(run_dir: str | Path) -> Path:
     """Writes model-card.md into a run folder and returns its path. Raises InputError for a folder that is no run
     folder, and OSError."""
-    run = read_run(run_dir)
+    run = run_in_use(run_dir)
     path = run.folder / CARD
     write_bytes(path, card(run).encode())
     return path
