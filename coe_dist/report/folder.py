@@ -117,6 +117,17 @@ class Summary(BaseModel):
         return [(key, name, system) for key, name, system in found if system is not None and system.split == split]
 
 
+class Network(BaseModel):
+    """network.json of a run that trains one network alone."""
+
+    network: str = "?"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        return f"{self.network} ({options})" if options else self.network
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder. `series` maps a metric's name to {step: value}; the last value of a step counts (resumed runs)."""
@@ -133,12 +144,13 @@ class Run:
     single: System | None = None  # the figures of a run that trained one network alone
     rows: PerImage | None = None  # of the split that `evaluation` is about
     validation: PerImage | None = None
+    network: Network | None = None  # the one that was trained alone
     kept: Evaluation | None = None  # on validation; its threshold is the one in use
     problems: list[str] = field(default_factory=list)
 
     @property
     def baseline(self) -> bool:
-        return self.single is not None or self.start.get("task") == "baseline"
+        return self.single is not None or self.network is not None or self.start.get("task") == "baseline"
 
     def last(self, name: str) -> float | None:
         """The newest finite value of a metric."""
@@ -183,13 +195,14 @@ def read_run(folder: str | Path, splits: Sequence[str] = ("test", "validation"))
     summary = _read(folder, "summary.json", Summary, problems)
     if not (series or start or evaluation or single or summary or problems):
         raise InputError(f"{folder}: not a run folder; it holds neither metrics.jsonl nor an evaluation-*.json")
+    network = _read(folder, "network.json", Network, problems)
     config = folder / "config.yaml"
     text = config.read_text(errors="replace") if config.is_file() else ""
     name = folder.resolve().name
     return Run(
         folder, name, start, end, series, evaluation, details, summary, text,
         single=single, rows=rows[split], validation=rows["validation"],
-        kept=evaluations.get("validation"), problems=problems,
+        network=network, kept=evaluations.get("validation"), problems=problems,
     )  # fmt: skip
 
 
