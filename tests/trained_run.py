@@ -114,11 +114,15 @@ def _spread_selection(network: torch.nn.Module, channels: int) -> None:
 
 
 def write_loads(
-    run: Path, load: Sequence[float], threshold: float | None = None, calibrated_for: Networks | None = None
+    run: Path,
+    load: Sequence[float],
+    threshold: float | None = None,
+    calibrated_for: Networks | None = None,
+    step: int | None = 3,
 ) -> None:
-    """What an evaluation on validation leaves, as far as tests need it."""
+    """What an evaluation on validation leaves, as far as tests need it. step: of the networks; small_run's last."""
     origin = None if calibrated_for is None else calibrated_for._asdict()
-    content = {"load": list(load), "threshold": threshold, "calibrated_for": origin}
+    content = {"load": list(load), "threshold": threshold, "calibrated_for": origin, "step": step}
     (run / "evaluation-validation.json").write_text(json.dumps(content))
 
 

@@ -1,6 +1,7 @@
 """The self-contained HTML report of one or more run folders, and the model card of one.
 
 folder.py      reads a run folder; what is missing or unreadable is left out and named
+in_use.py      the same with the figures of the exit threshold in use
 quality.py     selection, confusion and calibration from the rows of single images
 heat.py        which experts answer which classes, similar ones side by side
 galleries.py   images of the data set: what experts are chosen for, what they get wrong, what exits early

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from coe_dist.errors import InputError
-from coe_dist.report.folder import read_run
+from coe_dist.report.in_use import run_in_use
 from coe_dist.report.words import duration, macs, percent
 from coe_dist.tracking.store import write_bytes
 
@@ -30,7 +30,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
     from coe_dist.report.comparison import comparison
     from coe_dist.report.section import section
 
-    runs = [read_run(folder) for folder in run_dirs]
+    runs = [run_in_use(folder) for folder in run_dirs]
     if not runs:
         raise ValueError("run_dirs: empty; give at least one run folder")
     target = Path(out) if out is not None else runs[0].folder / (REPORT if len(runs) == 1 else COMPARISON)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from coe_dist.report.comparison import tree_of
-from coe_dist.report.folder import Run, read_run
+from coe_dist.report.folder import Run
+from coe_dist.report.in_use import run_in_use
 from coe_dist.report.words import macs, percent
 from coe_dist.tracking.store import redact, write_bytes
 
@@ -19,7 +20,7 @@ SHOWN_CLASSES = 20
 def write_card(run_dir: str | Path) -> Path:
     """Writes model-card.md into a run folder and returns its path. Raises InputError for a folder that is no run
     folder, and OSError."""
-    run = read_run(run_dir)
+    run = run_in_use(run_dir)
     path = run.folder / CARD
     write_bytes(path, card(run).encode())
     return path
@@ -45,7 +46,9 @@ def _network(settings: dict[str, Any], name: str) -> str:
 
 def _what(run: Run, settings: dict[str, Any]) -> list[str]:
     if run.baseline:
-        return [f"A single image classifier (`coe-dist`, baseline): {_network(settings, 'experts')}."]
+        # the configuration's networks are those of a collaboration
+        said = "its network is not recorded" if run.network is None else plain(run.network)
+        return [f"A single image classifier (`coe-dist`, baseline): {said}."]
     return [
         "An image classifier: a Collaboration of Experts trained with `coe-dist`. A light delegator",
         f"({_network(settings, 'delegator')}) sees every image; it answers itself or chooses one of",
@@ -57,7 +60,10 @@ def _what(run: Run, settings: dict[str, Any]) -> list[str]:
 def _data(run: Run, settings: dict[str, Any]) -> list[str]:
     data = settings.get("data")
     data = data if isinstance(data, dict) else {}
-    lines = [f"- source: {plain(data.get('source', '?'))}, {plain(Path(str(data.get('folder', '?'))).name)}"]
+    source, folder = str(data.get("source", "?")), Path(str(data.get("folder", "?"))).name
+    lines = [f"- source: {plain(source)}"]
+    if folder != source:
+        lines.append(f"- folder of the data set: {plain(folder)}")
     lines.append(f"- training images: {plain(run.start.get('images', '?'))}")
     if data.get("limit"):
         lines.append(f"- only the first {plain(data['limit'])} images of each split were used")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from coe_dist.report.folder import Run
+from coe_dist.report.folder import Network, Run
 from coe_dist.report.plots import curves_svg
 from coe_dist.tracking.store import flatten
 
@@ -35,11 +35,22 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Settings that not all runs share, each with its value in every run ("" where a run does not have it, "–" where
-    its configuration cannot be read)."""
-    settings = [settings_of(run.config) for run in runs]
-    names = set().union(*settings).difference(_PLACE)
-    differing = [name for name in sorted(names) if len({values.get(name) for values in settings if values}) > 1]
+    """What not all runs share, each with its value in every run ("" where a run does not have it, "–" where its
+    configuration cannot be read): what is trained, then the settings."""
+    return _differing([trained(run) for run in runs]) + _differing([settings_of(run.config) for run in runs])
+
+
+def trained(run: Run) -> dict[str, str]:
+    """What a run trains, which its configuration does not tell: that of a single network is a collaboration's."""
+    if not run.baseline:
+        return {"trained": "collaboration"}
+    alone = run.network or Network()
+    return {"trained": "one network alone", **flatten(alone.model_dump(), "single.")}
+
+
+def _differing(settings: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    names = sorted(set().union(*settings).difference(_PLACE), key=lambda name: (name != "trained", name))
+    differing = [name for name in names if len({values.get(name) for values in settings if values}) > 1]
     return [(name, [values.get(name, "") if values else "–" for values in settings]) for name in differing]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -107,6 +108,25 @@ class Summary(BaseModel):
     expert_samples_per_image: dict[str, Number] = Field(default_factory=dict)
     seed: int | None = None
 
+    def singles(self, split: str) -> list[tuple[str, str, System]]:
+        """Key, name and figures of the single networks that were evaluated on this split."""
+        found = [
+            ("single", "one expert network alone", self.single),
+            ("single_same_macs", "one network of about the CoE's MACs after training", self.single_same_macs),
+        ]
+        return [(key, name, system) for key, name, system in found if system is not None and system.split == split]
+
+
+class Network(BaseModel):
+    """network.json of a run that trains one network alone."""
+
+    network: str = "?"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        return f"{self.network} ({options})" if options else self.network
+
 
 @dataclass(frozen=True)
 class Run:
@@ -124,11 +144,13 @@ class Run:
     single: System | None = None  # the figures of a run that trained one network alone
     rows: PerImage | None = None  # of the split that `evaluation` is about
     validation: PerImage | None = None
+    network: Network | None = None  # the one that was trained alone
+    kept: Evaluation | None = None  # on validation; its threshold is the one in use
     problems: list[str] = field(default_factory=list)
 
     @property
     def baseline(self) -> bool:
-        return self.single is not None or self.start.get("task") == "baseline"
+        return self.single is not None or self.network is not None or self.start.get("task") == "baseline"
 
     def last(self, name: str) -> float | None:
         """The newest finite value of a metric."""
@@ -139,18 +161,19 @@ class Run:
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def read_run(folder: str | Path) -> Run:
-    """Raises InputError where the folder does not exist or holds nothing of a run."""
+def read_run(folder: str | Path, splits: Sequence[str] = ("test", "validation")) -> Run:
+    """`evaluation` is that of the first of `splits` that has one; see in_use.py for the threshold that it is of.
+
+    Raises InputError where the folder does not exist or holds nothing of a run.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
     problems: list[str] = []
     single = _single(folder)
-    evaluation = None
-    if single is None:
-        evaluation = _read(folder, "evaluation-test.json", Evaluation, problems) or _read(
-            folder, "evaluation-validation.json", Evaluation, problems
-        )
+    read = () if single else splits
+    evaluations = {name: _read(folder, f"evaluation-{name}.json", Evaluation, problems) for name in read}
+    evaluation = next((found for found in evaluations.values() if found), None)
     split = evaluation.split if evaluation else "test"
     details = _read(folder, f"details-{split}.json", Details, problems)
     if details and not _consistent(details):
@@ -172,12 +195,14 @@ def read_run(folder: str | Path) -> Run:
     summary = _read(folder, "summary.json", Summary, problems)
     if not (series or start or evaluation or single or summary or problems):
         raise InputError(f"{folder}: not a run folder; it holds neither metrics.jsonl nor an evaluation-*.json")
+    network = _read(folder, "network.json", Network, problems)
     config = folder / "config.yaml"
     text = config.read_text(errors="replace") if config.is_file() else ""
     name = folder.resolve().name
     return Run(
         folder, name, start, end, series, evaluation, details, summary, text,
-        single=single, rows=rows[split], validation=rows["validation"], problems=problems,
+        single=single, rows=rows[split], validation=rows["validation"],
+        network=network, kept=evaluations.get("validation"), problems=problems,
     )  # fmt: skip
 
 

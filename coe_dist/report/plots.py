@@ -10,8 +10,10 @@ from typing import Any
 from coe_dist.report.figure import FAINT, INK, MARKS, SERIES, STROKES, figure, places, svg, unit
 from coe_dist.report.folder import Evaluation, Run, Summary
 from coe_dist.report.quality import Reliability, Standing
+from coe_dist.report.words import macs
 
 POINTS = 400  # a longer curve is drawn as the means of so many equal pieces
+_SINGLES = {"single": ("one expert network", "s"), "single_same_macs": ("one network of {} MACs", "D")}
 NAMED_EXPERTS = 8  # more are drawn as a band
 
 Points = list[tuple[float, float]]
@@ -31,8 +33,11 @@ def curve_svg(evaluation: Evaluation, summary: Summary | None, key: str) -> tupl
         chosen = "CoE, no early exit" if not evaluation.exits else f"CoE, threshold {evaluation.threshold:.3g}"
         own = [evaluation.average_macs / scale], [100 * evaluation.top1.coe]
         axes.plot(*own, "o", ms=10, mec=SERIES[0], mfc="none", mew=2, label=chosen)
-        for system, name, marker in _singles(summary):
-            axes.plot([(system.macs or 0) / scale], [100 * system.top1], marker, ms=7, color=SERIES[1], label=name)
+        for key_of, _, system in summary.singles(evaluation.split) if summary else []:
+            if system.macs:
+                name, marker = _SINGLES[key_of]
+                at = [system.macs / scale], [100 * system.top1]
+                axes.plot(*at, marker, ms=7, color=SERIES[1], label=name.format(macs(system.macs)))
         axes.margins(0.08)
         axes.set_xlabel(f"average MACs per image{label}")
         axes.set_ylabel("top-1 (%)")
@@ -154,13 +159,6 @@ def reliability_svg(diagrams: Sequence[Reliability], key: str) -> str:
         for handle in legend.legend_handles[1:]:
             handle.set_sizes([40])
         return svg(drawn, key)
-
-
-def _singles(summary: Summary | None) -> list[tuple[Any, str, str]]:
-    if summary is None:
-        return []
-    found = [(summary.single, "one expert network", "s"), (summary.single_same_macs, "one network, same MACs", "D")]
-    return [row for row in found if row[0] is not None and row[0].macs]
 
 
 def _finish(drawn: Any, axes: Any, run: Run, label: str, key: str) -> str:

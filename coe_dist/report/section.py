@@ -11,7 +11,7 @@ from coe_dist.config import DataConfig, parse
 from coe_dist.errors import InputError
 from coe_dist.report import plots
 from coe_dist.report.comparison import tree_of
-from coe_dist.report.folder import Evaluation, Run, Summary, System
+from coe_dist.report.folder import Evaluation, Run, Summary
 from coe_dist.report.galleries import Pictures, early_galleries, expert_galleries
 from coe_dist.report.heat import heat_map
 from coe_dist.report.quality import confusion, reliabilities, skill, standings
@@ -42,6 +42,7 @@ def section(run: Run, key: str, markup: Callable[[str], Any]) -> dict[str, Any]:
         "run": run,
         "top1": own if own is not None else run.single.top1 if run.single else run.last("val/top1"),
         "headline": _headline(run, evaluation, summary),
+        "before": _before(evaluation, summary),
         "evaluation": evaluation,
         "summary": summary,
         "curve": _curve(evaluation, summary, key, markup) if evaluation and evaluation.curve else None,
@@ -67,27 +68,37 @@ def _headline(run: Run, evaluation: Evaluation | None, summary: Summary | None) 
     if run.single is not None:
         return [_row("one network alone", run.single.top1, run.single.macs, None, run.single.top1)]
     samples = summary.expert_samples_per_image if summary else {}
-    if summary is not None:
-        systems: list[tuple[str, str, System | None]] = [
-            ("coe", "Collaboration of Experts", summary.coe),
-            ("single", "one expert network alone", summary.single),
-            ("single_same_macs", "one network of the same MACs", summary.single_same_macs),
-        ]
-        return [
-            _row(name, system.top1, system.average_macs or system.macs, samples.get(key), summary.coe.top1)
-            for key, name, system in systems
-            if system is not None
-        ]
-    if evaluation is None:
+    cost: float | None
+    if evaluation is not None:
+        own, cost, split = evaluation.top1.coe, evaluation.average_macs, evaluation.split
+    elif summary is not None:
+        own, cost, split = summary.coe.top1, summary.coe.average_macs, summary.coe.split
+    else:
         return []
-    rows = [
-        _row("Collaboration of Experts", evaluation.top1.coe, evaluation.average_macs, None, evaluation.top1.coe),
-        _row("delegator alone", evaluation.top1.delegator, evaluation.macs.delegator, None, evaluation.top1.coe),
-    ]
+    rows = [_row("Collaboration of Experts", own, cost, samples.get("coe"), own)]
+    singles = summary.singles(split) if summary else []
+    rows += [_row(name, system.top1, system.macs, samples.get(key), own) for key, name, system in singles]
+    if singles or evaluation is None:
+        return rows
+    rows.append(_row("delegator alone", evaluation.top1.delegator, evaluation.macs.delegator, None, own))
     alone = [(t, m) for t, m in zip(evaluation.top1.experts, evaluation.macs.experts, strict=False) if t is not None]
     if alone:
-        rows.append(_row("best of its experts alone", *max(alone), None, evaluation.top1.coe))
+        rows.append(_row("best of its experts alone", *max(alone), None, own))
     return rows
+
+
+def _before(evaluation: Evaluation | None, summary: Summary | None) -> str:
+    """What the collaboration had beside the single networks when training ended; "" where it still has it."""
+    if evaluation is None or summary is None or not summary.singles(evaluation.split):
+        return ""
+    then, now = [
+        f"{percent(top1)}% at {macs(cost)} MACs"
+        for top1, cost in (
+            (summary.coe.top1, summary.coe.average_macs),
+            (evaluation.top1.coe, evaluation.average_macs),
+        )
+    ]
+    return "" if then == now else then
 
 
 def _row(name: str, top1: float, cost: float | None, samples: float | None, coe: float) -> dict[str, Any]:

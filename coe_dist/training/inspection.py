@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from coe_dist.config import RunConfig, parse_config
 from coe_dist.data.sidecar import sha256_of
 from coe_dist.errors import InputError
-from coe_dist.tracking.journal import read_metrics
+from coe_dist.tracking.journal import METRICS_FILE, read_metrics
 from coe_dist.training.checkpoint import (
     AVERAGE,
     FORMAT,
@@ -62,28 +62,52 @@ def open_collaboration(run_dir: Path, checkpoint: str = LATEST) -> Collaboration
     return Collaboration(save, manifest, config, warnings)
 
 
-def recorded_loads(run_dir: Path, experts: int) -> tuple[list[float], str] | None:
-    """The fraction of images for which each of the experts was selected, and the file that says so; None: not recorded.
+@dataclass(frozen=True)
+class Loads:
+    """The fraction of images for which each expert was selected."""
 
-    In this order: evaluation-validation.json; the newest validation in metrics.jsonl; the newest portions of training
-    there, which say little because training balances them.
+    shares: list[float]
+    file: str  # that says so
+    step: int | None  # of the networks that selected; None: the file does not say
+
+
+def other_step(recorded: int | None, step: int) -> list[str]:
+    """A sentence where loads were not recorded at this step."""
+    if recorded == step:
+        return []
+    other = "a step that is not recorded" if recorded is None else f"step {recorded}"
+    return [f"how often each expert is chosen is that of {other}, none is recorded for step {step}"]
+
+
+def recorded_loads(run_dir: Path, experts: int, step: int) -> Loads | None:
+    """The loads recorded at this step, else at the nearest one; None: not recorded.
+
+    Those of validation (evaluation-validation.json before metrics.jsonl) come before the portions of training, which
+    say little because training balances them.
     """
-    evaluation = run_dir / "evaluation-validation.json"
+    found = _evaluated(run_dir / "evaluation-validation.json", experts) + _measured(run_dir, experts, "val_load")
+    found = found or _measured(run_dir, experts, "load")
+    return min(found, key=lambda loads: (loads.step is None, abs((loads.step or 0) - step)), default=None)
+
+
+def _evaluated(path: Path, experts: int) -> list[Loads]:
     try:
-        load = json.loads(evaluation.read_text())["load"]
-        if len(load) == experts:
-            return [float(share) for share in load], evaluation.name
+        evaluation = json.loads(path.read_text())
+        shares, step = [float(share) for share in evaluation["load"]], evaluation.get("step")
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    for field in ("val_load", "load"):
-        names, found = [f"expert/{expert:02d}/{field}" for expert in range(experts)], None
-        for record in read_metrics(run_dir):
-            metrics = record.get("metrics") or {}
-            if sorted(name for name in metrics if name.endswith(f"/{field}")) == sorted(names):
-                found = [float(metrics[name]) for name in names]
-        if found is not None:
-            return found, "metrics.jsonl"
-    return None
+        return []
+    return [Loads(shares, path.name, step if isinstance(step, int) else None)] if len(shares) == experts else []
+
+
+def _measured(run_dir: Path, experts: int, field: str) -> list[Loads]:
+    """Of every record of metrics.jsonl that has this field of so many experts, the newest first."""
+    names, found = [f"expert/{expert:02d}/{field}" for expert in range(experts)], []
+    for record in read_metrics(run_dir):
+        metrics, step = record.get("metrics") or {}, record.get("step")
+        if sorted(name for name in metrics if name.endswith(f"/{field}")) == sorted(names):
+            shares = [float(metrics[name]) for name in names]
+            found.append(Loads(shares, METRICS_FILE, step if isinstance(step, int) else None))
+    return found[::-1]
 
 
 def described(weights: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
@@ -100,10 +124,11 @@ def inspect_run(run_dir: Path, checkpoint: str = LATEST) -> dict[str, Any]:
     when files of it are damaged.
 
     Keys: run, checkpoint, step, epoch, step_in_epoch, micro_step, experts, valid, resumes_from (the save that training
-    would go on from, or null), networks, loads_from, scaled (see coe_dist.training.scaling; null), ema (decay and
-    updates of the weights' moving averages; null), warnings. Each network: name, sha256 (of its weights' file as it is
-    on the disk; null when there is none), bytes, load (fraction of images; null when not recorded), weights, optimizer
-    and average ("ok", or what is wrong with the file; average: null without moving averages), pwlu (see _pwlu).
+    would go on from, or null), networks, loads_from and loads_step (the file with the loads and the step they are of;
+    null), scaled (see coe_dist.training.scaling; null), ema (decay and updates of the weights' moving averages; null),
+    warnings. Each network: name, sha256 (of its weights' file as it is on the disk; null when there is none), bytes,
+    load (fraction of images; null when not recorded), weights, optimizer and average ("ok", or what is wrong with the
+    file; average: null without moving averages), pwlu (see _pwlu).
     Raises InputError when there is no such save, or none with a readable manifest.
     """
     folder, warnings = run_dir / "checkpoints", []
@@ -118,12 +143,12 @@ def inspect_run(run_dir: Path, checkpoint: str = LATEST) -> dict[str, Any]:
     experts, files = manifest["experts"], manifest["files"]
     collaboration = any(name.startswith(("delegator", "expert")) for name in files)
     names = list(stems(experts)) if collaboration else sorted({name.split(".")[0] for name in files})
-    loads = recorded_loads(run_dir, experts) if collaboration else None
+    loads = recorded_loads(run_dir, experts, manifest["step"]) if collaboration else None
     averaged = bool(manifest.get("ema"))
     networks = [_network(save, files, name, averaged) for name in names]
     for network in networks:
         number = network["name"].removeprefix("expert ")
-        network["load"] = loads[0][int(number)] if loads and number.isdigit() else None
+        network["load"] = loads.shares[int(number)] if loads and number.isdigit() else None
     ends = (WEIGHTS, OPTIMIZER, AVERAGE) if averaged else (WEIGHTS, OPTIMIZER)
     known = {f"{network_file(name)}.{end}" for name in names for end in ends}
     warnings += [f"{name}: {_state(save, files, name)}" for name in sorted(set(files) - known)]
@@ -136,7 +161,8 @@ def inspect_run(run_dir: Path, checkpoint: str = LATEST) -> dict[str, Any]:
         "valid": valid,
         "resumes_from": save.name if valid else _name(latest_valid(folder)[0]),
         "networks": networks,
-        "loads_from": loads[1] if loads else None,
+        "loads_from": loads.file if loads else None,
+        "loads_step": loads.step if loads else None,
         "scaled": manifest.get("scaled"),
         "ema": manifest.get("ema"),
         "warnings": warnings,
@@ -171,7 +197,8 @@ def show_inspection(result: dict[str, Any]) -> None:
             *(network[column] for column in averages),
         )
     console.print(table)
-    for warning in result["warnings"]:
+    notes = other_step(result["loads_step"], result["step"]) if result["loads_from"] else []
+    for warning in [*notes, *result["warnings"]]:
         console.print(warning, markup=False)
     if result["valid"]:
         console.print("every file verifies")

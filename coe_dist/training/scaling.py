@@ -36,7 +36,7 @@ from coe_dist.config import NetworkConfig, RunConfig, parse_config
 from coe_dist.errors import InputError
 from coe_dist.seeds import derive_seed
 from coe_dist.training.checkpoint import network_file
-from coe_dist.training.inspection import Collaboration, described, open_collaboration, recorded_loads
+from coe_dist.training.inspection import Collaboration, described, open_collaboration, other_step, recorded_loads
 from coe_dist.training.new_folder import check_new, new_folder
 from coe_dist.training.noise import noise_for, with_noise
 from coe_dist.training.parents import NoLoadsError, choose_parents
@@ -70,9 +70,12 @@ def scale(run_dir: Path, *, experts: int, out: Path, named: Sequence[int] = (), 
     config, notes = _scaled_config(source.config, experts, out)
     if experts == before:
         raise InputError(f"--experts: {experts} is not allowed; the run has {before} experts already")
-    loads = recorded_loads(run_dir, before)
+    step = source.manifest["step"]
+    recorded = recorded_loads(run_dir, before, step)
+    loads = recorded.shares if recorded else None
+    notes += other_step(recorded.step, step) if recorded else []
     try:
-        parents = choose_parents(before, experts, named, loads[0] if loads else None)
+        parents = choose_parents(before, experts, named, loads)
     except NoLoadsError:
         raise InputError(
             f"{run_dir}: it records no loads of its experts; name experts with --from-expert, or evaluate the run with "
@@ -93,9 +96,7 @@ def scale(run_dir: Path, *, experts: int, out: Path, named: Sequence[int] = (), 
         (save / "manifest.json").write_text(json.dumps(manifest, indent=1))
         (save.parent / "latest").write_text(save.name)
         (partial / "config.yaml").write_text(config.to_yaml())
-    return Scaled(
-        out, out / "checkpoints" / save.name, parents, loads[0] if loads else None, [*source.warnings, *notes]
-    )
+    return Scaled(out, out / "checkpoints" / save.name, parents, loads, [*source.warnings, *notes])
 
 
 def show_scaled(scaled: Scaled) -> None:

@@ -100,11 +100,50 @@ def test_several_runs_and_a_baseline(tmp_path: Path) -> None:
     page = Page(write_report([first, second, single], tmp_path / "all.html"))
     check(page)
     assert "All runs" in page.text
-    assert "Settings that differ None, as far as their configurations tell." in page.text
+    settings = "trained collaboration collaboration one network alone single.network ? demo 4 experts"
+    assert settings in page.text
     assert "a&b <i>" in page.text
     assert "<i>" not in page.source
     assert "Last validation top-1: 43.2%" in page.text
     assert "not finished" in page.text
+
+
+def single_run(folder: Path, width: float) -> Path:
+    """A baseline's run folder as far as it tells what was trained; its configuration is that of write_run's."""
+    folder.mkdir()
+    (folder / "network.json").write_text(json.dumps({"network": "small_cnn", "options": {"width": width}}))
+    (folder / "config.yaml").write_text("name: x\ntracking:\n  uri: https://me:hunter2@tracker.example/x\n")
+    (folder / "metrics.jsonl").write_text('{"kind": "start", "time": 0.0, "task": "baseline", "step": 0}\n')
+    return folder
+
+
+def test_what_was_trained_differs_where_configurations_do_not(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    none = "Settings that differ None, as far as their configurations tell."
+    assert none in Page(write_report(runs)).text
+    narrow, wide = single_run(tmp_path / "narrow", 0.25), single_run(tmp_path / "wide", 0.5)
+    page = Page(write_report([runs[0], narrow, wide]))
+    check(page)
+    assert none not in page.text
+    assert (
+        "trained collaboration one network alone one network alone single.network small_cnn small_cnn "
+        "single.options.width 0.25 0.5 a 4 experts"
+    ) in page.text
+    assert "One network alone, small_cnn (width 0.5);" in page.text
+    page = Page(write_report([narrow, wide], tmp_path / "two.html"))
+    assert "Settings that differ setting narrow wide single.options.width 0.25 0.5 narrow" in page.text
+    assert none in Page(write_report([narrow, narrow], tmp_path / "same.html")).text
+    assert r"baseline): small\_cnn \(width 0.5\)." in write_card(wide).read_text()
+
+
+def test_the_card_names_a_data_set_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    for place, lines in (
+        ("fashion-mnist", "- source: fashion-mnist\n- training images"),
+        ("small", "- source: fashion-mnist\n- folder of the data set: small\n- training images"),
+    ):
+        (folder / "config.yaml").write_text(f"data:\n  source: fashion-mnist\n  folder: data/{place}\n")
+        assert lines in write_card(folder).read_text()
 
 
 def test_the_last_value_of_a_step_counts(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from coe_dist.parallel.groups import create_groups
 from coe_dist.training import checkpoint, saving
 from coe_dist.training.checkpoint import Position
 from coe_dist.training.engines import build_engine
-from coe_dist.training.inspection import inspect_run, open_collaboration, recorded_loads, show_inspection
+from coe_dist.training.inspection import Loads, inspect_run, open_collaboration, recorded_loads, show_inspection
 from coe_dist.training.optim import build_optimizer
 
 
@@ -84,27 +84,50 @@ def test_what_is_wrong_is_told_file_by_file(tmp_path: Path) -> None:
         inspect_run(run)
 
 
-def test_loads_come_from_the_newest_record(tmp_path: Path) -> None:
-    assert recorded_loads(tmp_path, 2) is None
+def record(step: int, kind: str, field: str, *loads: float) -> str:
+    metrics = {f"expert/{expert:02d}/{field}": load for expert, load in enumerate(loads)} | {"val/top1": 0.5}
+    return json.dumps({"kind": kind, "step": step, "metrics": metrics})
 
-    def record(kind: str, field: str, *loads: float) -> str:
-        metrics = {f"expert/{expert:02d}/{field}": load for expert, load in enumerate(loads)} | {"val/top1": 0.5}
-        return json.dumps({"kind": kind, "step": 1, "metrics": metrics})
 
-    lines = [record("train", "load", 0.5, 0.5)]
+def test_loads_are_those_of_the_step_or_the_nearest_record(tmp_path: Path) -> None:
+    assert recorded_loads(tmp_path, 2, 1) is None
+    lines = [record(1, "train", "load", 0.5, 0.5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert recorded_loads(tmp_path, 2) == ([0.5, 0.5], "metrics.jsonl")
-    lines += [record("evaluation", "val_load", 0.9, 0.1), record("evaluation", "val_load", 0.7, 0.3)]
-    lines += [record("evaluation", "val_load", 0.3, 0.3, 0.4), record("train", "load", 0.4, 0.6), '{"kind": "tra']
+    assert recorded_loads(tmp_path, 2, 1) == Loads([0.5, 0.5], "metrics.jsonl", 1)
+    lines += [record(1, "evaluation", "val_load", 0.9, 0.1), record(1, "evaluation", "val_load", 0.7, 0.3)]
+    lines += [record(4, "evaluation", "val_load", 0.6, 0.4), record(4, "train", "load", 0.4, 0.6)]
+    lines += [record(4, "evaluation", "val_load", 0.3, 0.3, 0.4), '{"kind": "tra']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert recorded_loads(tmp_path, 2) == ([0.7, 0.3], "metrics.jsonl")
-    assert recorded_loads(tmp_path, 3) == ([0.3, 0.3, 0.4], "metrics.jsonl")
-    assert recorded_loads(tmp_path, 5) is None
+    first, second = Loads([0.7, 0.3], "metrics.jsonl", 1), Loads([0.6, 0.4], "metrics.jsonl", 4)
+    assert [recorded_loads(tmp_path, 2, step) for step in (1, 2, 3, 4, 9)] == [first, first, second, second, second]
+    three = Loads([0.3, 0.3, 0.4], "metrics.jsonl", 4)
+    assert recorded_loads(tmp_path, 3, 1) == three
+    assert recorded_loads(tmp_path, 5, 1) is None
     (tmp_path / "evaluation-validation.json").write_text('{"load": [1, 0')
-    assert recorded_loads(tmp_path, 2) == ([0.7, 0.3], "metrics.jsonl")
-    write_loads(tmp_path, [1, 0])
-    assert recorded_loads(tmp_path, 2) == ([1.0, 0.0], "evaluation-validation.json")
-    assert recorded_loads(tmp_path, 3) == ([0.3, 0.3, 0.4], "metrics.jsonl")
+    assert recorded_loads(tmp_path, 2, 4) == second
+    write_loads(tmp_path, [1, 0], step=4)
+    evaluated = Loads([1.0, 0.0], "evaluation-validation.json", 4)
+    assert [recorded_loads(tmp_path, 2, step) for step in (1, 4, 9)] == [first, evaluated, evaluated]
+    assert recorded_loads(tmp_path, 3, 4) == three
+    write_loads(tmp_path, [1, 0], step=None)
+    assert recorded_loads(tmp_path, 2, 4) == second
+    (tmp_path / "metrics.jsonl").unlink()
+    assert recorded_loads(tmp_path, 2, 4) == Loads([1.0, 0.0], "evaluation-validation.json", None)
+
+
+def test_loads_of_an_older_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_run(tmp_path, 3, steps=(1, 2, 3))
+    (run / "metrics.jsonl").write_text(record(2, "evaluation", "val_load", 0.25, 0.5, 0.25) + "\n")
+    write_loads(run, [0.5, 0.5, 0.0], step=3)
+    told = {}
+    for step in (1, 2, 3):
+        result = inspect_run(run, str(step))
+        assert result["warnings"] == []
+        told[step] = ([network["load"] for network in result["networks"][1:]], result["loads_step"])
+        show_inspection(result)
+        other = f"how often each expert is chosen is that of step 2, none is recorded for step {step}"
+        assert (other in capsys.readouterr().out) == (step == 1)
+    assert told == {1: ([0.25, 0.5, 0.25], 2), 2: ([0.25, 0.5, 0.25], 2), 3: ([0.5, 0.5, 0.0], 3)}
 
 
 def test_the_run_of_a_single_network(tmp_path: Path) -> None:

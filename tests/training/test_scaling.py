@@ -185,9 +185,11 @@ def test_fewer_experts_than_per_sample(tmp_path: Path) -> None:
 def test_a_damaged_save_is_passed_over_with_a_note(tmp_path: Path) -> None:
     run = small_run(tmp_path, 4, steps=(2, 3))
     (run / "checkpoints" / "step-00000003" / "delegator.optim.pt").write_bytes(b"")
+    write_loads(run, [0.1, 0.2, 0.3, 0.4], step=3)
     scaled = scale(run, experts=5, out=tmp_path / "five", named=[0])
     assert scaled.save.name == "step-00000002"
     assert "step-00000003 is damaged" in scaled.notes[0]
+    assert scaled.notes[1:] == ["how often each expert is chosen is that of step 3, none is recorded for step 2"]
 
 
 def test_what_is_refused(tmp_path: Path, command: Callable[..., Any]) -> None:
