@@ -23,6 +23,7 @@ from coe_dist.tracking.store import connect
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-c", "from coe_dist.cli import main; main()"]
 SMALL = ["data.limit=600", "training.global_batch=100", "experts.options.width=0.2", "delegator.options.width=0.1"]
+DEMO = ["demo", str(ROOT / "configs/fashion_mnist.yaml"), "training.epochs=1", "workers.oversubscribe=true", *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,7 @@ def artifacts(runs: Path, name: str) -> set[str]:
 
 
 def test_demo_trains_three_systems_and_compares_them(place: Path) -> None:
-    arguments = [
-        "demo",
-        str(ROOT / "configs/fashion_mnist.yaml"),
-        "training.epochs=1",
-        "workers.oversubscribe=true",
-        *SMALL,
-    ]
-    done = in_private_network([*COMMAND, *arguments], cwd=place, timeout=550)
+    done = in_private_network([*COMMAND, *DEMO], cwd=place, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     run = place / "runs/demo"
     summary = json.loads((run / "summary.json").read_text())
@@ -158,13 +152,6 @@ def test_the_demo_after_another_budget_keeps_its_baselines(place: Path) -> None:
     done = in_private_network([*COMMAND, *evaluate], cwd=place, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((run / "evaluation-test.json").read_text())["average_macs"] < 0.8 * before[0]
-    again = [
-        "demo",
-        str(ROOT / "configs/fashion_mnist.yaml"),
-        "training.epochs=1",
-        "workers.oversubscribe=true",
-        *SMALL,
-    ]
-    done = in_private_network([*COMMAND, *again], cwd=place, timeout=550)
+    done = in_private_network([*COMMAND, *DEMO], cwd=place, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     assert network.read_text() == before[1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
+
+from coe_dist.bench.record import timed
 
 HOPELESS = 1.5  # times the fastest work's second call
 CALLS = 3  # of those that are near it
@@ -16,15 +17,9 @@ def fastest(works: Mapping[str, Callable[[], object]]) -> str:
         return next(iter(works))
     for work in works.values():
         work()
-    seconds = {name: _seconds(work) for name, work in works.items()}
+    seconds = {name: timed(work, 1)[0] for name, work in works.items()}
     near = [name for name in works if seconds[name] <= HOPELESS * min(seconds.values())]
     for _ in range(CALLS if len(near) > 1 else 0):
         for name in near:
-            seconds[name] = min(seconds[name], _seconds(works[name]))
+            seconds[name] = min(seconds[name], timed(works[name], 1)[0])
     return min(near, key=lambda name: seconds[name])
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

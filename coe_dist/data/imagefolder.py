@@ -22,6 +22,8 @@ from coe_dist.errors import InputError
 from coe_dist.printable import printable
 from coe_dist.seeds import derive_seed
 
+VALIDATION = ("val", "validation")  # names of its folder
+
 
 class FileSplit:
     """Accepted image files of one split, read and converted one at a time."""
@@ -73,7 +75,8 @@ def open_imagefolder(root: Path, opening: Opening = AS_IT_IS) -> Source:
     its first images are a fair sample (our own rules). Raises InputError naming the folder at fault.
     """
     train_folder = _folder(root, "train")
-    others = {"val": _folder(root, "val", "validation")} if opening.labels or _has_validation(root) else {}
+    has_validation = any((root / name).is_dir() for name in VALIDATION)
+    others = {"val": _folder(root, *VALIDATION)} if opening.labels or has_validation else {}
     others |= {"test": root / "test"} if (root / "test").is_dir() else {}
     classes, training = list_training(train_folder)
     listed, warnings = {"train": training}, []
@@ -163,10 +166,6 @@ def _statistics(inspections: Sequence[Inspection]) -> tuple[tuple[float, ...], t
     mean = np.mean([found.mean for found in inspections], axis=0)
     std = np.sqrt(np.maximum(np.mean([found.square for found in inspections], axis=0) - mean**2, 0.0))
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def _has_validation(root: Path) -> bool:
-    return any((root / name).is_dir() for name in ("val", "validation"))
 
 
 def _folder(root: Path, *names: str) -> Path:
