@@ -61,7 +61,7 @@ def frontier(study: StudyConfig, trainings: Sequence[Training], results: Results
     settings = study.frontier
     assert settings is not None
     points = finished_points(trainings, results)
-    singles = sorted((p for p in points.values() if p.curve == settings.single), key=lambda p: p.macs)
+    singles = _best_of_each_size([p for p in points.values() if p.curve in settings.single])
     systems = [p for p in points.values() if p.curve in (*settings.collaborations, *settings.baselines)]
     if len(singles) < 2 or not any(p.curve in settings.collaborations for p in systems):
         return None
@@ -77,7 +77,7 @@ def frontier(study: StudyConfig, trainings: Sequence[Training], results: Results
     eligible = [point for point in found if point["curve"] in settings.collaborations]
     best = max(eligible, key=lambda point: float(point["validation_saving"]))
     used = [*singles, *systems]
-    curves = (settings.single, *settings.collaborations, *settings.baselines)
+    curves = (*settings.single, *settings.collaborations, *settings.baselines)
     wanted = {t.label for t in trainings if t.curve in curves}
     seeds = sorted(set.intersection(*(set(point.rows) for point in used)))
     whole = all(results.row_of(t.digest, test=True) is not None for t in trainings if t.label in wanted)
@@ -93,6 +93,14 @@ def frontier(study: StudyConfig, trainings: Sequence[Training], results: Results
         ],
         "collaborations": found,
     }
+
+
+def _best_of_each_size(singles: Sequence[Point]) -> list[Point]:
+    """By rising MACs; of several recipes for a network, the one with the best mean top-1 on validation."""
+    best: dict[float, Point] = {}
+    for point in sorted(singles, key=lambda p: statistics.fmean(_top1s(p, "val"))):
+        best[point.macs] = point
+    return [best[macs] for macs in sorted(best)]
 
 
 def _top1s(point: Point, split: str) -> list[float]:

@@ -32,10 +32,11 @@ class CurveConfig(Section):
 
 
 class FrontierConfig(Section):
-    """Which curves are compared for the saving in MACs at equal accuracy. baselines: collaborations that are shown
-    beside the others and never reported as the saving, such as two networks trained apart."""
+    """Which curves are compared for the saving in MACs at equal accuracy. single: of networks of equal MACs in them,
+    such as one network by two recipes, the best on validation counts. baselines: collaborations that are shown beside
+    the others and never reported as the saving, such as two networks trained apart."""
 
-    single: Name
+    single: Annotated[list[Name], Field(min_length=1)]
     collaborations: Annotated[list[Name], Field(min_length=1)]
     baselines: list[Name] = Field(default_factory=list)
     draws: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000  # of the bootstrap over seeds
@@ -71,7 +72,7 @@ def load_study(path: Path) -> StudyConfig:
     study = parse(StudyConfig, read_yaml(path))
     if study.frontier is not None:
         for field, kind, curves in (
-            ("single", "single", [study.frontier.single]),
+            ("single", "single", study.frontier.single),
             ("collaborations", "collaboration", study.frontier.collaborations),
             ("baselines", "collaboration", study.frontier.baselines),
         ):

@@ -28,7 +28,7 @@ CURVES = {
 
 @pytest.fixture
 def study(tmp_path: Path) -> StudyConfig:
-    frontier = {"single": "single", "collaborations": ["coe"], "draws": 1000}
+    frontier = {"single": ["single"], "collaborations": ["coe"], "draws": 1000}
     return loaded(tmp_path, curves=CURVES, frontier=frontier, baseline="coe/good")
 
 
@@ -90,6 +90,25 @@ def test_a_baseline_is_shown_and_never_the_saving(study: StudyConfig, tmp_path: 
     assert found["macs_saving"]["point"] == "good"
     only_baselines = [t for t in trainings if t.kind == "single" or t.curve == "apart"]
     assert frontier(study, only_baselines, results) is None
+
+
+def test_of_two_recipes_for_a_network_the_best_on_validation_counts(study: StudyConfig, tmp_path: Path) -> None:
+    assert study.frontier is not None
+    flipped = {"points": {"a": ["data.augmentation.flip=true"], "b": ["experts.options.width=0.3"]}}
+    curves = {**study.curves, "flipped": study.curves["single"].model_copy(update=flipped)}
+    study = study.model_copy(
+        update={"curves": curves, "frontier": study.frontier.model_copy(update={"single": ["single", "flipped"]})}
+    )
+    trainings = trainings_of(study)
+    results = results_of(tmp_path, [t for t in trainings if t.curve != "flipped"])
+    for training in trainings:
+        if training.curve == "flipped":  # the small one better on validation and worse on test; the other the reverse
+            macs, val, test = (1000, 0.71, 0.65) if training.point == "a" else (100_000, 0.79, 0.85)
+            results.add(row_for(training, macs=macs, top1=val, test_top1=test), [])
+    found = frontier(study, trainings, results)
+    assert found is not None
+    assert [(point["curve"], point["point"]) for point in found["single"]] == [("flipped", "a"), ("single", "b")]
+    assert [point["top1"]["mean"] for point in found["single"]] == pytest.approx([0.65, 0.8])
 
 
 def test_thresholds_below_the_curve_are_not_chosen(study: StudyConfig, tmp_path: Path) -> None:

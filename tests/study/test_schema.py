@@ -26,7 +26,7 @@ def content(**changes: Any) -> dict[str, Any]:
             "single": {"kind": "single", "points": {"a": [], "b": ["experts.options.width=0.2"]}},
             "coe": {"kind": "collaboration", "points": {"a": []}},
         },
-        "frontier": {"single": "single", "collaborations": ["coe"]},
+        "frontier": {"single": ["single"], "collaborations": ["coe"]},
     }
     return {**study, **changes}
 
@@ -58,15 +58,15 @@ def coe(*overrides: str) -> dict[str, Any]:
             "curves.x.sed: unknown key; allowed here: kind, overrides, points, seeds, test, start",
         ),
         (
-            {"frontier": {"single": "coe", "collaborations": ["coe"]}},
+            {"frontier": {"single": ["coe"], "collaborations": ["coe"]}},
             "frontier.single: 'coe' is not allowed; give a curve of kind single that is tested (single)",
         ),
         (
-            {"frontier": {"single": "single", "collaborations": ["coe", "cow"]}},
+            {"frontier": {"single": ["single"], "collaborations": ["coe", "cow"]}},
             "frontier.collaborations: 'cow' is not allowed; give a curve of kind collaboration that is tested (coe)",
         ),
         (
-            {"frontier": {"single": "single", "collaborations": ["coe"], "baselines": ["single"]}},
+            {"frontier": {"single": ["single"], "collaborations": ["coe"], "baselines": ["single"]}},
             "frontier.baselines: 'single' is not allowed; give a curve of kind collaboration that is tested (coe)",
         ),
         ({"baseline": "coe/b"}, "baseline: 'coe/b' is not allowed; give one of single/a, single/b, coe/a"),
@@ -160,7 +160,7 @@ def test_the_studies_of_this_project_are_whole(path: Path) -> None:
     searched = [t for t in trainings if not t.test]
     assert not {t.digest for t in searched} & {t.digest for t in tested}  # no setting is chosen on a reported seed
     if study.frontier is not None:
-        sizes = {t.point for t in tested if t.curve == study.frontier.single}
+        sizes = {str(t.config.experts.options) for t in tested if t.curve in study.frontier.single}
         assert len(sizes) >= 6
         counts = {t.config.experts.count for t in tested if t.curve in study.frontier.collaborations}
         assert counts >= {2, 4, 8, 16}

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "wild": {"kind": "single", "points": {"a": WILD}},
             "coe": {"kind": "collaboration", "points": {"a": []}},
         },
-        "frontier": {"single": "single", "collaborations": ["coe"], "draws": 100},
+        "frontier": {"single": ["single"], "collaborations": ["coe"], "draws": 100},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return folder
