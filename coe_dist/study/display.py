@@ -32,14 +32,19 @@ def show_study(summary: Mapping[str, Any]) -> None:
     """Prints run_study's answer."""
     baseline = summary["baseline"]
     table = Table(title=f"study {summary['study']}: {summary['finished']} of {summary['trainings']} trainings")
-    heads = ["curve", "point", "seeds", "MACs", "val top-1", "test top-1", "all: test", "oracle"]
-    for heading in [*heads, *([f"less {baseline}"] if baseline else [])]:
-        table.add_column(heading, justify="left" if heading in ("curve", "point") else "right")
+    heads = ["curve/point", "seeds", "MACs", "val top-1", "test top-1", "all: test", "oracle"]
+    rows = [heads + ([f"less {baseline}"] if baseline else [])]
     for point in summary["points"]:
         cells = [percent(point[name]) for name in ("val_top1", "test_top1", "full_test_top1", "oracle_top1")]
         macs, seeds = f"{point['macs']['mean']:,.0f}", str(len(point["seeds"]))
         last = [percent(point["difference"], sign=True)] if baseline else []
-        table.add_row(point["curve"], point["point"], seeds, macs, *cells, *last)
+        rows.append([f"{point['curve']}/{point['point']}", seeds, macs, *cells, *last])
+    # what no point has, such as test figures of a search, takes no room
+    kept = [column for column in range(len(rows[0])) if column < 3 or any(row[column] for row in rows[1:])]
+    for column in kept:
+        table.add_column(rows[0][column], justify="right" if column else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(row[column] for column in kept))
     console = Console()
     console.print(table)
     if summary["frontier"] is not None:
