@@ -44,6 +44,8 @@ def _frontier(found: Mapping[str, Any]) -> list[str]:
         f"{saving['macs']:,.0f} average MACs; single networks need {_bounded(saving)} MACs: **a saving of "
         f"{saving['mean']:.2f}x** ({saving['low']:.2f} to {saving['high']:.2f}, 95% bootstrap over seeds)."
     )
+    singles = ", ".join(f"{one['curve']}/{one['point']} ({percent(one['top1'])})" for one in found["single"])
+    recipes = f"Single networks, of each size the recipe that is best on validation, with test top-1: {singles}."
     rows = [["curve", "point", "E", "threshold", "MACs", "test top-1", "single networks need", "saving", "95%"]]
     for point in found["collaborations"]:
         rows.append(
@@ -59,7 +61,7 @@ def _frontier(found: Mapping[str, Any]) -> list[str]:
                 f"{point['saving']['low']:.2f} to {point['saving']['high']:.2f}",
             ]
         )
-    return ["## Saving in MACs at equal accuracy", sentence, _table(rows, left=2)]
+    return ["## Saving in MACs at equal accuracy", sentence, recipes, _table(rows, left=2)]
 
 
 def _bounded(point: Mapping[str, Any]) -> str:

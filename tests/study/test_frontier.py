@@ -160,6 +160,7 @@ def test_tables_hold_the_saving_and_every_point(study: StudyConfig, tmp_path: Pa
     assert (
         "reaches 75.00 on test at 4,000 average MACs; single networks need 10,000 MACs: **a saving of 2.50x**" in text
     )
+    assert "best on validation, with test top-1: single/a (70.00 ± 0.00), single/b (80.00 ± 0.00)." in text
     assert "| lucky | 4 | 2 | 1,000 | 80.00 ± 0.00 |" in text
     assert "+1.00 ± 1.41" in text
     paths = write_tables(tmp_path, "tiny", summary)
