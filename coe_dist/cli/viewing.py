@@ -85,7 +85,9 @@ def bench(
 
 @app.command(rich_help_panel=SEE, epilog="Example: coe-dist study frontier --max-minutes 30")
 def study(
-    name: Annotated[str, typer.Argument(help="frontier, ablations, leads, leads-middle, or a study's YAML file", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="frontier, ablations, leads, leads-middle, or a study's file", show_default=False)
+    ],
     only: Annotated[str | None, typer.Option(help="A pattern such as 'coe-middle/*': the points to train.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2; by default the study's.")] = None,
     max_runs: Annotated[int | None, typer.Option(help="Train at most so many; 0 makes the tables alone.")] = None,
