@@ -18,11 +18,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+Options = dict[str, int | Finite | str | bool | list[int]]
+
+
 class NetworkConfig(Section):
     """A network by registry name. `options` go to its constructor (see coe/backbones.py)."""
 
     network: str = "small_cnn"
-    options: dict[str, int | Finite | str | bool | list[int]] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
 
 
 class PretrainableConfig(NetworkConfig):
@@ -167,6 +170,9 @@ class DistillationConfig(Section):
     """Experts learn from a teacher's largest logits as well (coe/distillation.py)."""
 
     teacher: str  # a timm classifier by name; its classes must stand in the order of the data's
+    options: Options | None = (
+        None  # where given, also {}: `teacher` and they are a network as in `experts`, trained here
+    )
     weights: str  # file with its state dict (.safetensors, or .pth and the like); nothing is downloaded
     resolution: Annotated[int, Field(ge=8, le=1024)] | None = None  # side of its images; none: as the loader gives them
     temperature: Positive = 2.0

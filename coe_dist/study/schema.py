@@ -20,7 +20,8 @@ class CurveConfig(Section):
     """Trainings of one kind. `single` trains the network of `experts` alone; its delegator and router play no part.
 
     start: CURVE/POINT of the single network, trained with the same seed, whose weights the delegator or all experts of
-    these trainings start from (training/initial_weights.py).
+    these trainings start from (training/initial_weights.py), or, as `teacher`, that they learn from: its network and
+    weights take the place of those in `distillation`, which must be there. Only the teacher is for single networks too.
     """
 
     kind: Literal["collaboration", "single"]
@@ -28,7 +29,7 @@ class CurveConfig(Section):
     points: Annotated[dict[Name, list[str]], Field(min_length=1)]
     seeds: Seeds | None = None  # none: the study's
     test: bool = True  # false: a search for settings, which sees validation only
-    start: dict[Literal["delegator", "experts"], str] = Field(default_factory=dict)
+    start: dict[Literal["delegator", "experts", "teacher"], str] = Field(default_factory=dict)
 
 
 class FrontierConfig(Section):
@@ -99,9 +100,13 @@ def load_study(path: Path) -> StudyConfig:
 def _check_starts(study: StudyConfig, singles: list[str]) -> None:
     for name, curve in study.curves.items():
         for section, label in curve.start.items():
-            if curve.kind == "single":
+            if curve.kind == "single" and section != "teacher":
                 raise InputError(
-                    f"curves.{name}.start: {label!r} is not allowed; only collaborations start from others"
+                    f"curves.{name}.start.{section}: {label!r} is not allowed; only collaborations start from others"
+                )
+            if curve.kind == "single" and label in singles and study.curves[label.split("/")[0]].start:
+                raise InputError(
+                    f"curves.{name}.start.{section}: {label!r} is not allowed; the teacher may have none itself"
                 )
             if label not in singles:
                 raise InputError(

@@ -40,7 +40,7 @@ class Training:
     test: bool
     overrides: tuple[str, ...]  # of the curve and the point
     config: RunConfig
-    starts: tuple[tuple[str, Training], ...] = ()  # section and the single network that it starts from
+    starts: tuple[tuple[str, Training], ...] = ()  # section and the single network that it starts or learns from
 
     @property
     def seed(self) -> int:
@@ -66,6 +66,9 @@ class Training:
         content.get("data", {}).pop("staging", None)
         if self.network:
             content["experts"] = self.network.model_dump(mode="json")
+        if any(section == "teacher" for section, _ in self.starts):  # which stands in `starts`, wherever its file lies
+            for key in ("teacher", "options", "weights"):
+                content["distillation"].pop(key, None)
         if self.starts:
             content["starts"] = {section: training.digest for section, training in self.starts}
         text = json.dumps({"kind": self.kind, **content}, sort_keys=True)
@@ -106,8 +109,15 @@ class Training:
             weights = training.weights
             if weights is None:
                 raise TrainingError(f"{self.label} starts from {training.label} seed {training.seed}, which failed")
-            network = getattr(config, section).model_copy(update={"initial_weights": str(weights)})
-            config = config.model_copy(update={section: network})
+            if section == "teacher":
+                assert training.network is not None
+                assert config.distillation is not None
+                network, options = training.network.network, training.network.options
+                taught = {"teacher": network, "options": options, "weights": str(weights)}
+                config = config.model_copy(update={"distillation": config.distillation.model_copy(update=taught)})
+            else:
+                started = getattr(config, section).model_copy(update={"initial_weights": str(weights)})
+                config = config.model_copy(update={section: started})
         return config
 
     def job(self, mlflow_run_id: str | None = None) -> Job:
@@ -164,6 +174,11 @@ def _training(
     settled = _settled(study, config, place, f"{name}.{point}")
     starts = []
     for section, label in curve.start.items():
+        if section == "teacher" and config.distillation is None:
+            raise InputError(
+                f"curves.{name}.points.{point}: distillation: None is not allowed; start.teacher needs the section, "
+                "for instance distillation={teacher: small_cnn, weights: start}"
+            )
         start, _, start_point = label.partition("/")
         starts.append((section, _training(study, start, start_point, seed, place, known)))
     return Training(name, point, curve.kind, curve.test, overrides, settled, tuple(starts))

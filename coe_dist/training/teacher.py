@@ -73,6 +73,7 @@ def unlearned_teacher(config: RunConfig, info: SplitInfo) -> Teacher:
     try:
         network = build_teacher(
             section.teacher,
+            options=section.options,
             channels=info.channels,
             classes=classes,
             mean=info.mean,

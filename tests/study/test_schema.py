@@ -186,6 +186,34 @@ def test_a_collaboration_may_start_from_a_single_network(tmp_path: Path) -> None
         study(experts="coe/a")
 
 
+def test_a_training_may_learn_from_a_single_network(tmp_path: Path) -> None:
+    section = "distillation={teacher: small_cnn, weights: start, delegator: true}"
+
+    def study(*overrides: str, **start: str) -> list[Training]:
+        shared = {"points": {"a": []}, "overrides": list(overrides)}
+        curves = {
+            "single": {"kind": "single", "points": {"a": [], "b": ["experts.options.width=0.3"]}},
+            "taught": {"kind": "single", "start": start, **shared},
+            "coe": {"kind": "collaboration", "start": {"teacher": "single/b", "experts": "taught/a"}, **shared},
+        }
+        return trainings_of(loaded(tmp_path, curves=curves), seeds=[3])
+
+    _, _, taught, coe = study(section, teacher="single/b")
+    assert [(name, one.label) for name, one in coe.starts] == [("teacher", "single/b"), ("experts", "taught/a")]
+    digests = {
+        study(section.replace(*words), teacher="single/b")[2].digest == taught.digest: words[0]
+        for words in (("start", "elsewhere"), ("true", "false"))
+    }
+    assert digests == {True: "start", False: "true"}  # the file is the study's business
+    for message, overrides, start in (
+        ("curves.taught.points.a: distillation: None is not allowed; start.teacher", (), {"teacher": "single/b"}),
+        ("curves.taught.start.experts: 'single/b' is not allowed; only collab", (section,), {"experts": "single/b"}),
+        ("curves.taught.start.teacher: 'taught/a' is not allowed; the teacher", (section,), {"teacher": "taught/a"}),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            study(*overrides, **start)
+
+
 def test_a_training_is_the_job_of_one_plain_process(tmp_path: Path) -> None:
     single, _, collaboration = (t for t in trainings_of(loaded(tmp_path), seeds=[3]))
     assert isinstance(single, Training)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from small_data import small_config
 from trained_run import INFO
 
+from coe_dist.coe.backbones import build_classifier
 from coe_dist.config import parse_config
 from coe_dist.errors import InputError
 from coe_dist.parallel.groups import create_groups
@@ -80,6 +81,25 @@ def test_weights_come_in_the_usual_wrappings(tmp_path: Path, kind: str) -> None:
     images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
     assert teacher.hints(images).shape == (3, teacher.bytes_per_image) == (3, 40)
     assert teacher.hints(images[:0]).shape == (0, 40)
+
+
+def test_a_network_trained_here_teaches_by_its_own_answers(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"width": 0.3}
+    ours = build_classifier("small_cnn", options, channels=1, classes=10, mean=INFO.mean, std=INFO.std, seed=5).eval()
+    save_file(ours.state_dict(), tmp_path / "single.safetensors")
+    config = config_of(tmp_path, teacher="small_cnn", options=options, weights=str(tmp_path / "single.safetensors"))
+    teacher = configured_teacher(config, INFO, torch.device("cpu"))
+    assert teacher is not None
+    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    assert torch.equal(teacher.network(images), ours(images))
+    for changes, message in (
+        ({"teacher": "no_such_net"}, "distillation.teacher: 'no_such_net' is not allowed; no such network"),
+        ({"options": {"width": -1.0}}, "distillation.options.width: -1.0 is not allowed"),
+        ({"options": {"width": 0.4}}, "distillation.weights: .* does not fit the network"),
+    ):
+        other = parse_config({**config.model_dump(), "distillation": {**config.distillation.model_dump(), **changes}})
+        with pytest.raises(InputError, match=f"^{message}"):
+            configured_teacher(other, INFO, torch.device("cpu"))
 
 
 class NotTensors:
