@@ -109,15 +109,9 @@ class Training:
             weights = training.weights
             if weights is None:
                 raise TrainingError(f"{self.label} starts from {training.label} seed {training.seed}, which failed")
-            if section == "teacher":
-                assert training.network is not None
-                assert config.distillation is not None
-                network, options = training.network.network, training.network.options
-                taught = {"teacher": network, "options": options, "weights": str(weights)}
-                config = config.model_copy(update={"distillation": config.distillation.model_copy(update=taught)})
-            else:
-                started = getattr(config, section).model_copy(update={"initial_weights": str(weights)})
-                config = config.model_copy(update={section: started})
+            section, key = ("distillation", "weights") if section == "teacher" else (section, "initial_weights")
+            changed = getattr(config, section).model_copy(update={key: str(weights)})
+            config = config.model_copy(update={section: changed})
         return config
 
     def job(self, mlflow_run_id: str | None = None) -> Job:
@@ -181,7 +175,17 @@ def _training(
             )
         start, _, start_point = label.partition("/")
         starts.append((section, _training(study, start, start_point, seed, place, known)))
+        if section == "teacher":
+            settled = _taught(settled, starts[-1][1])
     return Training(name, point, curve.kind, curve.test, overrides, settled, tuple(starts))
+
+
+def _taught(config: RunConfig, teacher: Training) -> RunConfig:
+    """With the teacher's network, whose weights are known when it is trained."""
+    assert config.distillation is not None
+    assert teacher.network is not None
+    network = {"teacher": teacher.network.network, "options": teacher.network.options}
+    return config.model_copy(update={"distillation": config.distillation.model_copy(update=network)})
 
 
 def _settled(study: StudyConfig, config: RunConfig, place: str, label: str) -> RunConfig:

@@ -200,6 +200,8 @@ def test_a_training_may_learn_from_a_single_network(tmp_path: Path) -> None:
 
     _, _, taught, coe = study(section, teacher="single/b")
     assert [(name, one.label) for name, one in coe.starts] == [("teacher", "single/b"), ("experts", "taught/a")]
+    assert coe.config.distillation is not None
+    assert coe.config.distillation.options == {"width": 0.3}
     digests = {
         study(section.replace(*words), teacher="single/b")[2].digest == taught.digest: words[0]
         for words in (("start", "elsewhere"), ("true", "false"))
