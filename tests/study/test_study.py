@@ -15,12 +15,14 @@ import pytest
 import yaml
 from small_data import small_config, write_config, write_small
 
+from coe_dist.config import load_config
 from coe_dist.errors import InputError, Preempted, TrainingError
 from coe_dist.study.command import run_study
 from coe_dist.study.results import Results
 from coe_dist.study.schema import load_study
 from coe_dist.study.study import Limits
 from coe_dist.study.trainings import Training, trainings_of
+from coe_dist.tracking import read_metrics
 from coe_dist.tracking.store import connect
 
 WILD = ["training.optimizer.learning_rate=1e30", "training.optimizer.warmup_epochs=0"]  # diverges
@@ -43,7 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "results": str(folder / "results"),
         "curves": {
             "single": {"kind": "single", "points": {"a": [], "b": ["experts.options.width=0.2"]}},
-            "search": {"kind": "collaboration", "test": False, "points": {"a": ["router.variance=false"]}},
+            "search": {
+                "kind": "collaboration",
+                "test": False,
+                "start": {"teacher": "single/b"},
+                "points": {"a": ["distillation={teacher: small_cnn, weights: start}"]},
+            },
             "wild": {"kind": "single", "points": {"a": WILD}},
             "coe": {"kind": "collaboration", "points": {"a": []}},
         },
@@ -131,6 +138,16 @@ def test_rows_are_the_evaluations(folder: Path, lines: list[str]) -> None:
         assert chosen.val_top1 >= row.full_val_top1
         assert row.val_top1 == chosen.val_top1
         assert row.macs == (chosen.test_macs if tested else chosen.val_macs)
+
+
+def test_a_curve_learns_from_its_teacher(folder: Path, lines: list[str]) -> None:
+    run = folder / "runs" / "tiny.search.a.seed0"
+    config = load_config(run / "config.yaml")
+    assert config.distillation is not None
+    assert config.distillation.options == {"width": 0.2}
+    weights = Path(config.distillation.weights)
+    assert (weights.parents[2].name, weights.name) == ("tiny.single.b.seed0", "single.safetensors")
+    assert max(record["metrics"].get("train/loss_distillation", 0.0) for record in read_metrics(run)) > 0
 
 
 def test_each_training_is_an_mlflow_run_below_the_studys(folder: Path, lines: list[str]) -> None:
