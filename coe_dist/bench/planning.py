@@ -106,8 +106,8 @@ def counted_of(config: RunConfig, info: SplitInfo) -> Counted:
 
 
 def teacher_of(config: RunConfig, info: SplitInfo) -> ForwardFacts | None:
-    """The teacher's facts for images of data.resolution; its file need not be there. Raises InputError for a name that
-    timm does not know."""
+    """The teacher's facts for images of data.resolution; its file need not be there. Raises InputError for a network
+    that there is not."""
     if config.distillation is None:
         return None
     with torch.device("meta"):

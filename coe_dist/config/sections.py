@@ -167,12 +167,10 @@ class StorageConfig(Section):
 
 
 class DistillationConfig(Section):
-    """Experts learn from a teacher's largest logits as well (coe/distillation.py)."""
+    """Experts, and single networks, learn from a teacher's largest logits as well (coe/distillation.py)."""
 
     teacher: str  # a timm classifier by name; its classes must stand in the order of the data's
-    options: Options | None = (
-        None  # where given, also {}: `teacher` and they are a network as in `experts`, trained here
-    )
+    options: Options | None = None  # where given, also {}: with `teacher` a network as in `experts`, trained here
     weights: str  # file with its state dict (.safetensors, or .pth and the like); nothing is downloaded
     resolution: Annotated[int, Field(ge=8, le=1024)] | None = None  # side of its images; none: as the loader gives them
     temperature: Positive = 2.0

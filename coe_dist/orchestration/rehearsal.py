@@ -75,7 +75,7 @@ def write_images(folder: Path, classes: int, per_class: int) -> None:
 
 def write_teacher(config: RunConfig, info: SplitInfo) -> None:
     """Random weights of the teacher that the configuration names, where its file is to be. Raises InputError for a
-    name that timm does not know."""
+    network that there is not."""
     import torch
     from safetensors.torch import save_file
 

@@ -8,6 +8,7 @@ from coe_dist.data.sidecar import SplitInfo
 from coe_dist.errors import InputError
 from coe_dist.study.trainings import Training
 from coe_dist.training.networks import NetworkBuilder
+from coe_dist.training.teacher import unlearned_teacher
 
 # of one core of a 2-core machine (small_cnn, engine torch); only until a training of the study has finished
 SECONDS_A_NETWORK_STEP = 5.5e-3  # forward, backward and optimizer step, whatever the batch
@@ -16,7 +17,8 @@ SECONDS_A_MAC = 1.4e-10
 
 
 def counted_seconds(training: Training, train: SplitInfo) -> float:
-    """Seconds by the constants above: network steps, samples and MACs (three times the forward's) of all epochs.
+    """Seconds by the constants above: network steps, samples and MACs (three times the forward's, of a teacher once)
+    of all epochs.
 
     Raises InputError naming the point when a network refuses its options.
     """
@@ -24,9 +26,11 @@ def counted_seconds(training: Training, train: SplitInfo) -> float:
     try:
         if training.network is None:
             delegator, experts = builder.collaboration_macs()
-            passes = [(1, delegator), (config.experts_per_sample, experts[0])]
+            passes = [(1.0, delegator), (float(config.experts_per_sample), experts[0])]
         else:
-            passes = [(1, builder.macs_of(builder.single(training.network, "experts", 0)))]
+            passes = [(1.0, builder.macs_of(builder.single(training.network, "experts", 0)))]
+        if config.distillation is not None:
+            passes.append((1 / 3, builder.macs_of(unlearned_teacher(config, train).network)))
     except InputError as error:
         raise InputError(f"curves.{training.curve}.points.{training.point}: {error}") from None
     images = min(train.count, config.data.limit or train.count)

@@ -42,7 +42,7 @@ def show_study(summary: Mapping[str, Any]) -> None:
     # what no point has, such as test figures of a search, takes no room
     kept = [column for column in range(len(rows[0])) if column < 3 or any(row[column] for row in rows[1:])]
     for column in kept:
-        table.add_column(rows[0][column], justify="right" if column else "left", overflow="fold")
+        table.add_column(rows[0][column], justify="right" if column else "left", no_wrap=column == 0)
     for row in rows[1:]:
         table.add_row(*(row[column] for column in kept))
     console = Console()

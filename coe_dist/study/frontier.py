@@ -52,7 +52,7 @@ def finished_points(trainings: Sequence[Training], results: Results) -> dict[str
 
 
 def frontier(study: StudyConfig, trainings: Sequence[Training], results: Results) -> dict[str, Any] | None:
-    """What docs/results/NAME.json holds; None while there are not two single networks and a collaboration.
+    """What docs/results/NAME.json holds; None while there are not single networks of two sizes and a collaboration.
 
     {study, complete, seeds (those of every point used), macs_saving: {mean, low, high, curve, point, threshold, macs,
     top1, single_macs, bound}, single: [point ...], collaborations: [point ...]}, each point with its saving and figures
@@ -96,11 +96,16 @@ def frontier(study: StudyConfig, trainings: Sequence[Training], results: Results
 
 
 def _best_of_each_size(singles: Sequence[Point]) -> list[Point]:
-    """By rising MACs; of several recipes for a network, the one with the best mean top-1 on validation."""
+    """By rising MACs; of several recipes for a network, the one with the best mean top-1 on validation, of those with
+    the most finished seeds; of equal ones the first in the study. (The bootstrap does not choose again.)"""
     best: dict[float, Point] = {}
-    for point in sorted(singles, key=lambda p: statistics.fmean(_top1s(p, "val"))):
-        best[point.macs] = point
+    for point in singles:
+        best[point.macs] = max(best.get(point.macs, point), point, key=_merit)
     return [best[macs] for macs in sorted(best)]
+
+
+def _merit(point: Point) -> tuple[int, float]:
+    return len(point.rows), statistics.fmean(_top1s(point, "val"))
 
 
 def _top1s(point: Point, split: str) -> list[float]:

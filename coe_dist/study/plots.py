@@ -9,7 +9,7 @@ from typing import Any
 from coe_dist.report.figure import SETTINGS
 
 _COLOURS = ["#1f6fb2", "#c4541c", "#3a8f4d", "#8a4fa3", "#a8890c", "#5b6770"]
-_MARKERS = ["o", "s", "^", "D", "v", "P"]
+_MARKERS = ["o", "s", "^", "D", "v", "P", "X"]  # one more than colours, so that no two curves look the same
 _INK = "#333333"
 
 
@@ -22,7 +22,10 @@ def frontier_svg(found: Mapping[str, Any]) -> str:
         curves = dict.fromkeys(point["curve"] for point in found["collaborations"])
         for number, curve in enumerate(curves):
             points = sorted((p for p in found["collaborations"] if p["curve"] == curve), key=lambda p: float(p["macs"]))
-            style: dict[str, Any] = {"colour": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % 6]}
+            style: dict[str, Any] = {
+                "colour": _COLOURS[number % len(_COLOURS)],
+                "marker": _MARKERS[number % len(_MARKERS)],
+            }
             _dots(axes, points, "macs", "top1", label=curve, line="-", **style)
             _dots(axes, points, "full_macs", "full_top1", label=None, line=":", hollow=True, **style)
         axes.set_xscale("log")

@@ -22,6 +22,7 @@ class CurveConfig(Section):
     start: CURVE/POINT of the single network, trained with the same seed, whose weights the delegator or all experts of
     these trainings start from (training/initial_weights.py), or, as `teacher`, that they learn from: its network and
     weights take the place of those in `distillation`, which must be there. Only the teacher is for single networks too.
+    The curve of that single network has no `start` itself.
     """
 
     kind: Literal["collaboration", "single"]
@@ -104,9 +105,9 @@ def _check_starts(study: StudyConfig, singles: list[str]) -> None:
                 raise InputError(
                     f"curves.{name}.start.{section}: {label!r} is not allowed; only collaborations start from others"
                 )
-            if curve.kind == "single" and label in singles and study.curves[label.split("/")[0]].start:
+            if study.curves.get(label.split("/")[0], curve).start and label in singles:
                 raise InputError(
-                    f"curves.{name}.start.{section}: {label!r} is not allowed; the teacher may have none itself"
+                    f"curves.{name}.start.{section}: {label!r} is not allowed; give a point of a curve without `start`"
                 )
             if label not in singles:
                 raise InputError(

@@ -66,7 +66,7 @@ class Training:
         content.get("data", {}).pop("staging", None)
         if self.network:
             content["experts"] = self.network.model_dump(mode="json")
-        if any(section == "teacher" for section, _ in self.starts):  # which stands in `starts`, wherever its file lies
+        if any(section == "teacher" for section, _ in self.starts):  # known by its digest, not by where its file lies
             for key in ("teacher", "options", "weights"):
                 content["distillation"].pop(key, None)
         if self.starts:
@@ -99,17 +99,19 @@ class Training:
 
     @property
     def ready(self) -> bool:
-        """Whether all that it starts from is there."""
+        """Whether all that it starts or learns from is there."""
         return all(training.weights is not None for _, training in self.starts)
 
     def started_config(self) -> RunConfig:
-        """Its configuration with the weights it starts from. Raises TrainingError when they are not there."""
+        """Its configuration with the weights it starts or learns from. Raises TrainingError when they are not there."""
         config = self.config
-        for section, training in self.starts:
+        for role, training in self.starts:
             weights = training.weights
             if weights is None:
-                raise TrainingError(f"{self.label} starts from {training.label} seed {training.seed}, which failed")
-            section, key = ("distillation", "weights") if section == "teacher" else (section, "initial_weights")
+                raise TrainingError(
+                    f"{self.label} starts or learns from {training.label} seed {training.seed}, which failed"
+                )
+            section, key = ("distillation", "weights") if role == "teacher" else (role, "initial_weights")
             changed = getattr(config, section).model_copy(update={key: str(weights)})
             config = config.model_copy(update={section: changed})
         return config

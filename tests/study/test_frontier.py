@@ -13,6 +13,7 @@ from test_schema import loaded
 
 from coe_dist.study.comparison import percent, summarised
 from coe_dist.study.cost import calibration, makespan
+from coe_dist.study.display import show_study
 from coe_dist.study.frontier import finished_points, frontier
 from coe_dist.study.results import Results
 from coe_dist.study.schema import StudyConfig
@@ -94,7 +95,7 @@ def test_a_baseline_is_shown_and_never_the_saving(study: StudyConfig, tmp_path: 
 
 def test_of_two_recipes_for_a_network_the_best_on_validation_counts(study: StudyConfig, tmp_path: Path) -> None:
     assert study.frontier is not None
-    flipped = {"points": {"a": ["data.augmentation.flip=true"], "b": ["experts.options.width=0.3"]}}
+    flipped = {"points": {"a": ["data.augmentation.flip=false"], "b": ["experts.options.width=0.3"]}}
     curves = {**study.curves, "flipped": study.curves["single"].model_copy(update=flipped)}
     study = study.model_copy(
         update={"curves": curves, "frontier": study.frontier.model_copy(update={"single": ["single", "flipped"]})}
@@ -109,6 +110,15 @@ def test_of_two_recipes_for_a_network_the_best_on_validation_counts(study: Study
     assert found is not None
     assert [(point["curve"], point["point"]) for point in found["single"]] == [("flipped", "a"), ("single", "b")]
     assert [point["top1"]["mean"] for point in found["single"]] == pytest.approx([0.65, 0.8])
+    # a recipe with a seed to go does not win by the other seed, and of equal ones the first counts
+    partial = results_of(tmp_path / "partial", [t for t in trainings if t.curve != "flipped"])
+    for training in trainings:
+        if training.curve == "flipped" and (training.point == "b" or training.seed == 0):
+            macs, top1 = (1000, 0.75) if training.point == "a" else (100_000, 0.8)
+            partial.add(row_for(training, macs=macs, top1=top1), [])
+    found = frontier(study, trainings, partial)
+    assert found is not None
+    assert [(point["curve"], point["point"]) for point in found["single"]] == [("single", "a"), ("single", "b")]
 
 
 def test_thresholds_below_the_curve_are_not_chosen(study: StudyConfig, tmp_path: Path) -> None:
@@ -166,6 +176,29 @@ def test_tables_hold_the_saving_and_every_point(study: StudyConfig, tmp_path: Pa
     paths = write_tables(tmp_path, "tiny", summary)
     assert [path.name for path in paths] == ["tiny.json", "tiny.md"]
     assert json.loads(paths[0].read_text())["macs_saving"]["mean"] == pytest.approx(2.5)
+
+
+def test_the_terminal_shows_whole_names_and_no_empty_column(
+    study: StudyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainings = [t for t in trainings_of(study) if t.kind == "single"]
+    points = summarised(finished_points(trainings, results_of(tmp_path, trainings)), None)
+    long = [{**point, "curve": "a-rather-long-name", "point": "with-a-long-point"} for point in points]
+    show_study(
+        {
+            "study": "tiny",
+            "finished": 4,
+            "trainings": 4,
+            "points": long,
+            "frontier": None,
+            "baseline": None,
+            "files": [],
+        }
+    )
+    out = capsys.readouterr().out
+    assert "a-rather-long-name/with-a-long-point" in out
+    assert "orac" not in out
+    assert "test" in out
 
 
 def test_a_second_training_may_differ_as_seeds_do(study: StudyConfig, tmp_path: Path) -> None:

@@ -180,40 +180,51 @@ def test_a_collaboration_may_start_from_a_single_network(tmp_path: Path) -> None
     ((section, start),) = started.starts
     assert (section, start.label, start.seed) == ("experts", "single/a", 3)
     assert (plain.ready, started.ready) == (True, False)
-    with pytest.raises(TrainingError, match="coe/a starts from single/a seed 3, which failed"):
+    with pytest.raises(TrainingError, match="coe/a starts or learns from single/a seed 3, which failed"):
         started.job()
     with pytest.raises(InputError, match=r"^curves.coe.start.experts: 'coe/a' is not allowed; give .*single/b"):
         study(experts="coe/a")
 
 
 def test_a_training_may_learn_from_a_single_network(tmp_path: Path) -> None:
-    section = "distillation={teacher: small_cnn, weights: start, delegator: true}"
+    section = "distillation={teacher: small_cnn, weights: start, weight: 0.5}"
 
-    def study(*overrides: str, **start: str) -> list[Training]:
+    def study(*overrides: str, experts: str = "single/a", **start: str) -> list[Training]:
         shared = {"points": {"a": []}, "overrides": list(overrides)}
         curves = {
             "single": {"kind": "single", "points": {"a": [], "b": ["experts.options.width=0.3"]}},
             "taught": {"kind": "single", "start": start, **shared},
-            "coe": {"kind": "collaboration", "start": {"teacher": "single/b", "experts": "taught/a"}, **shared},
+            "coe": {"kind": "collaboration", "start": {"teacher": "single/b", "experts": experts}, **shared},
         }
         return trainings_of(loaded(tmp_path, curves=curves), seeds=[3])
 
     _, _, taught, coe = study(section, teacher="single/b")
-    assert [(name, one.label) for name, one in coe.starts] == [("teacher", "single/b"), ("experts", "taught/a")]
+    assert [(name, one.label) for name, one in coe.starts] == [("teacher", "single/b"), ("experts", "single/a")]
     assert coe.config.distillation is not None
     assert coe.config.distillation.options == {"width": 0.3}
-    digests = {
-        study(section.replace(*words), teacher="single/b")[2].digest == taught.digest: words[0]
-        for words in (("start", "elsewhere"), ("true", "false"))
-    }
-    assert digests == {True: "start", False: "true"}  # the file is the study's business
+    elsewhere, otherwise = section.replace("start", "elsewhere"), section.replace("0.5", "0.6")
+    assert study(elsewhere, teacher="single/b")[2].digest == taught.digest  # the file is the study's business
+    assert study(otherwise, teacher="single/b")[2].digest != taught.digest
+    assert study(section, teacher="single/a")[2].digest != taught.digest
     for message, overrides, start in (
         ("curves.taught.points.a: distillation: None is not allowed; start.teacher", (), {"teacher": "single/b"}),
         ("curves.taught.start.experts: 'single/b' is not allowed; only collab", (section,), {"experts": "single/b"}),
-        ("curves.taught.start.teacher: 'taught/a' is not allowed; the teacher", (section,), {"teacher": "taught/a"}),
+        ("curves.taught.start.teacher: 'taught/a' is not allowed; .* without", (section,), {"teacher": "taught/a"}),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
-            study(*overrides, **start)
+            trainings_of(
+                loaded(
+                    tmp_path,
+                    curves={
+                        "single": {"kind": "single", "points": {"a": [], "b": ["experts.options.width=0.3"]}},
+                        "taught": {"kind": "single", "start": start, "points": {"a": []}, "overrides": list(overrides)},
+                    },
+                    frontier=None,
+                    baseline=None,
+                )
+            )
+    with pytest.raises(InputError, match=r"^curves.coe.start.experts: 'taught/a' is not allowed; .* without `start`"):
+        study(section, teacher="single/b", experts="taught/a")
 
 
 def test_a_training_is_the_job_of_one_plain_process(tmp_path: Path) -> None:
