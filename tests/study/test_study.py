@@ -222,7 +222,7 @@ def test_a_collaboration_starts_from_a_single_network(folder: Path, lines: list[
         run_study(str(folder / "started.yaml"), only="[gl]*", say=said.append)
     assert said[0].startswith("study started: 2 of 2 trainings and 2 to start from are left")
     assert [row.label for row in Results(folder / "results", "started").rows] == ["single/a", "good/a"]
-    assert "failed: lost/a seed 0: lost/a starts from wild/a seed 0, which failed" in said
+    assert "failed: lost/a seed 0: lost/a starts or learns from wild/a seed 0, which failed" in said
     weights = folder / "runs" / "started.good.a.seed0" / "config.yaml"
     assert yaml.safe_load(weights.read_text())["experts"]["initial_weights"].endswith("/single.safetensors")
     answers = run_study(str(folder / "started.yaml"), only="good", verify=True, say=said.append)["verify"]
