@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coe_dist.study.frontier import Point
@@ -56,3 +56,10 @@ def percent(value: Mapping[str, Any] | Spread | None, *, sign: bool = False) -> 
     mean, sd = (value["mean"], value["sd"]) if isinstance(value, Mapping) else value[:2]
     text = f"{100 * mean:+.2f}" if sign else f"{100 * mean:.2f}"
     return text if sd is None else f"{text} ± {100 * sd:.2f}"
+
+
+def without_empty_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """A table, its headings first, without the columns that no point fills, such as test figures of a search. The first
+    three, which all points fill, stay where there is none."""
+    kept = [column for column in range(len(rows[0])) if column < 3 or any(row[column] for row in rows[1:])]
+    return [[row[column] for column in kept] for row in rows]

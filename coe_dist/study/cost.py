@@ -23,12 +23,13 @@ def counted_seconds(training: Training, train: SplitInfo) -> float:
     Raises InputError naming the point when a network refuses its options.
     """
     config, builder = training.config, NetworkBuilder(training.config, train)
+    passes: list[tuple[float, int]]  # of each network, over an image
     try:
         if training.network is None:
             delegator, experts = builder.collaboration_macs()
-            passes = [(1.0, delegator), (float(config.experts_per_sample), experts[0])]
+            passes = [(1, delegator), (config.experts_per_sample, experts[0])]
         else:
-            passes = [(1.0, builder.macs_of(builder.single(training.network, "experts", 0)))]
+            passes = [(1, builder.macs_of(builder.single(training.network, "experts", 0)))]
         if config.distillation is not None:
             passes.append((1 / 3, builder.macs_of(unlearned_teacher(config, train).network)))
     except InputError as error:

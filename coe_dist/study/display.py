@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coe_dist.errors import InputError
-from coe_dist.study.comparison import percent
+from coe_dist.study.comparison import percent, without_empty_columns
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
@@ -39,12 +39,11 @@ def show_study(summary: Mapping[str, Any]) -> None:
         macs, seeds = f"{point['macs']['mean']:,.0f}", str(len(point["seeds"]))
         last = [percent(point["difference"], sign=True)] if baseline else []
         rows.append([f"{point['curve']}/{point['point']}", seeds, macs, *cells, *last])
-    # what no point has, such as test figures of a search, takes no room
-    kept = [column for column in range(len(rows[0])) if column < 3 or any(row[column] for row in rows[1:])]
-    for column in kept:
-        table.add_column(rows[0][column], justify="right" if column else "left", no_wrap=column == 0)
-    for row in rows[1:]:
-        table.add_row(*(row[column] for column in kept))
+    heads, *lines = without_empty_columns(rows)
+    for column, heading in enumerate(heads):
+        table.add_column(heading, justify="right" if column else "left", no_wrap=column == 0)
+    for line in lines:
+        table.add_row(*line)
     console = Console()
     console.print(table)
     if summary["frontier"] is not None:

@@ -105,12 +105,12 @@ def _check_starts(study: StudyConfig, singles: list[str]) -> None:
                 raise InputError(
                     f"curves.{name}.start.{section}: {label!r} is not allowed; only collaborations start from others"
                 )
-            if study.curves.get(label.split("/")[0], curve).start and label in singles:
-                raise InputError(
-                    f"curves.{name}.start.{section}: {label!r} is not allowed; give a point of a curve without `start`"
-                )
             if label not in singles:
                 raise InputError(
                     f"curves.{name}.start.{section}: {label!r} is not allowed; give a point of a curve of kind single "
                     f"({', '.join(singles) or 'there is none'})"
+                )
+            if study.curves[label.split("/")[0]].start:
+                raise InputError(
+                    f"curves.{name}.start.{section}: {label!r} is not allowed; give a point of a curve without `start`"
                 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coe_dist.study.comparison import percent
+from coe_dist.study.comparison import percent, without_empty_columns
 from coe_dist.study.results import write_text
 
 
@@ -91,8 +91,7 @@ def _points(points: Sequence[Mapping[str, Any]], baseline: str | None) -> str:
             _whole(point["seconds"]),
         ]
         rows.append(cells + ([percent(point["difference"], sign=True)] if baseline else []))
-    kept = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
-    return _table([[row[column] for column in kept] for row in rows], left=1)
+    return _table(without_empty_columns(rows), left=1)
 
 
 def _whole(value: Mapping[str, Any] | None) -> str:

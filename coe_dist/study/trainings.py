@@ -66,7 +66,7 @@ class Training:
         content.get("data", {}).pop("staging", None)
         if self.network:
             content["experts"] = self.network.model_dump(mode="json")
-        if any(section == "teacher" for section, _ in self.starts):  # known by its digest, not by where its file lies
+        if "teacher" in dict(self.starts):  # known by its digest, not by where its file lies
             for key in ("teacher", "options", "weights"):
                 content["distillation"].pop(key, None)
         if self.starts:
