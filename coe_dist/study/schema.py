@@ -21,8 +21,8 @@ class CurveConfig(Section):
 
     start: CURVE/POINT of the single network, trained with the same seed, whose weights the delegator or all experts of
     these trainings start from (training/initial_weights.py), or, as `teacher`, that they learn from: its network and
-    weights take the place of those in `distillation`, which must be there. Only the teacher is for single networks too.
-    The curve of that single network has no `start` itself.
+    weights take the place of those in `distillation`, which must be there. Only the teacher is for single networks too,
+    and no curve of these learns, over others or not, from itself.
     """
 
     kind: Literal["collaboration", "single"]
@@ -110,7 +110,17 @@ def _check_starts(study: StudyConfig, singles: list[str]) -> None:
                     f"curves.{name}.start.{section}: {label!r} is not allowed; give a point of a curve of kind single "
                     f"({', '.join(singles) or 'there is none'})"
                 )
-            if study.curves[label.split("/")[0]].start:
+            if name in _teachers(study, label):
                 raise InputError(
-                    f"curves.{name}.start.{section}: {label!r} is not allowed; give a point of a curve without `start`"
+                    f"curves.{name}.start.{section}: {label!r} is not allowed; it learns from a point of this curve"
                 )
+
+
+def _teachers(study: StudyConfig, label: str) -> list[str]:
+    """The curve of a single network, that of its teacher, and so on; ends where one is met again."""
+    met: list[str] = []
+    following: str | None = label
+    while following is not None and (curve := following.split("/")[0]) not in met:
+        met.append(curve)
+        following = study.curves[curve].start.get("teacher") if curve in study.curves else None
+    return met

@@ -217,9 +217,13 @@ class Study:
 
 
 def missing_starts(trainings: Iterable[Training]) -> list[Training]:
-    """What these start or learn from and whose weights are not here."""
-    starts = {start.digest: start for training in trainings for _, start in training.starts}
-    return [start for start in starts.values() if start.weights is None]
+    """What these start or learn from and whose weights are not here, each after what it learns from itself."""
+    missing: dict[str, Training] = {}
+    for training in trainings:
+        for _, start in training.starts:
+            if start.digest not in missing and start.weights is None:
+                missing |= {one.digest: one for one in [*missing_starts([start]), start]}
+    return list(missing.values())
 
 
 def prepare_logs(base: RunConfig) -> Path:

@@ -12,6 +12,7 @@ from small_data import small_config, write_config
 from coe_dist.errors import InputError, TrainingError
 from coe_dist.study.display import parse_seeds
 from coe_dist.study.schema import StudyConfig, find_study, load_study
+from coe_dist.study.study import missing_starts
 from coe_dist.study.trainings import Training, trainings_of
 
 STUDIES = Path(__file__).parents[2] / "configs" / "studies"
@@ -209,7 +210,7 @@ def test_a_training_may_learn_from_a_single_network(tmp_path: Path) -> None:
     for message, overrides, start in (
         ("curves.taught.points.a: distillation: None is not allowed; start.teacher", (), {"teacher": "single/b"}),
         ("curves.taught.start.experts: 'single/b' is not allowed; only collab", (section,), {"experts": "single/b"}),
-        ("curves.taught.start.teacher: 'taught/a' is not allowed; .* without", (section,), {"teacher": "taught/a"}),
+        ("curves.taught.start.teacher: 'taught/a' is not allowed; it learns", (section,), {"teacher": "taught/a"}),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
             trainings_of(
@@ -223,8 +224,26 @@ def test_a_training_may_learn_from_a_single_network(tmp_path: Path) -> None:
                     baseline=None,
                 )
             )
-    with pytest.raises(InputError, match=r"^curves.coe.start.experts: 'taught/a' is not allowed; .* without `start`"):
-        study(section, teacher="single/b", experts="taught/a")
+
+
+def test_what_a_training_starts_from_may_have_a_teacher(tmp_path: Path) -> None:
+    learning = {"kind": "single", "overrides": ["distillation={teacher: small_cnn, weights: start}"]}
+
+    def study(first: str, second: str) -> list[Training]:
+        curves = {
+            "single": {"kind": "single", "points": {"a": []}},
+            "first": {**learning, "start": {"teacher": first}, "points": {"a": []}},
+            "second": {**learning, "start": {"teacher": second}, "points": {"a": []}},
+            "coe": {"kind": "collaboration", "start": {"experts": "second/a"}, "points": {"a": []}},
+        }
+        return trainings_of(loaded(tmp_path, curves=curves, frontier=None, baseline=None), seeds=[3])
+
+    single, first, second, coe = study("single/a", "first/a")
+    assert missing_starts([coe]) == [single, first, second]
+    assert missing_starts([first, coe]) == [single, first, second]
+    assert len({one[-1].digest for one in (study("single/a", "first/a"), study("single/a", "single/a"))}) == 2
+    with pytest.raises(InputError, match=r"^curves.first.start.teacher: 'second/a' is not allowed; it learns"):
+        study("second/a", "first/a")
 
 
 def test_a_training_is_the_job_of_one_plain_process(tmp_path: Path) -> None:
