@@ -39,7 +39,8 @@ class Case:
     samples: int = 26  # global batch, over all micro-batches
     steps: int = 5
     replay: bool = True
-    distilled: float = 0.0  # weight of the distillation loss
+    distilled: float = 0.0  # weight of the distillation loss; the delegator learns by it too where share is 1
+    share: float = 1.0  # of a micro-batch: what experts learn from
 
     @property
     def name(self) -> str:
@@ -219,13 +220,19 @@ def train(case: Case) -> Outcome:
     for step in range(case.steps):
         for part in range(case.accumulation):
             images, labels, ids = batch_of(case, step, part)
-            samples = len(labels)
             rank_of_row = torch.repeat_interleave(
-                torch.arange(case.world_size), torch.tensor(pieces(samples, case.world_size))
+                torch.arange(case.world_size), torch.tensor(pieces(len(labels), case.world_size))
             )
             class_logits, selection = networks["delegator"].run(images, rank_of_row)
             with torch.no_grad():
-                taught = teacher(images)
+                taught_all = teacher(images)
+
+            # what the delegator is least sure of goes on
+            sureness = torch.softmax(class_logits.detach(), 1).amax(1).tolist()
+            in_order = sorted(range(len(labels)), key=lambda row: (sureness[row], int(ids[row])))
+            kept = torch.tensor(sorted(in_order[: math.ceil(case.share * len(labels))]))
+            all_labels, images, labels, ids = labels, images[kept], labels[kept], ids[kept]
+            rank_of_row, selection, taught, samples = rank_of_row[kept], selection[kept], taught_all[kept], len(kept)
 
             # WGM and dispatch
             scores = torch.log_softmax(selection.detach(), 1).numpy()
@@ -284,11 +291,11 @@ def train(case: Case) -> Outcome:
             else:
                 cross = -(targets * torch.log_softmax(chosen, 1)).sum(1)
             selection_loss = cross * ratio
-            rough = F.cross_entropy(class_logits, labels, reduction="none")
-            if share:
-                pairs_of_logits = zip(class_logits, taught, strict=True)
+            rough = F.cross_entropy(class_logits, all_labels, reduction="none")
+            if share and case.share == 1.0:
+                pairs_of_logits = zip(class_logits, taught_all, strict=True)
                 rough = (1 - share) * rough + share * torch.stack([distillation(*pair) for pair in pairs_of_logits])
-            loss = (rough + BETA * selection_loss).mean()
+            loss = rough.mean() + BETA * selection_loss.mean()
             (loss / case.accumulation).backward()
             outcome.dispatch_sets.append(torch.from_numpy(sets))
             outcome.labels.append(targets)

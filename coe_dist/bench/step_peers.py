@@ -30,8 +30,10 @@ class RecordingRouter(Router):
     def __init__(self, original: Router) -> None:
         self.__dict__.update(original.__dict__)
 
-    def route(self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int) -> Routing:
-        self.routing_kept = super().route(selection_BE, ids_B, step)
+    def route(
+        self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int, confidence_B: torch.Tensor | None = None
+    ) -> Routing:
+        self.routing_kept = super().route(selection_BE, ids_B, step, confidence_B)
         return self.routing_kept
 
     def start_labels(

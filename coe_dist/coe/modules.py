@@ -4,6 +4,7 @@ Their roles, and that a balanced transportation problem stands behind weight gen
 here is our own rule. All functions act on the GLOBAL batch and are deterministic, so that any number of ranks gives the
 same answer. Row order is the global batch's. Floating dtypes are kept (float32 or float64).
 
+0. least_sure:         where experts learn from a part of the batch only, which images these are.
 1. route:              selection logits -> one assigned expert per image, every expert N/E images (WGM's assignment).
 2. step_permutation, dispatch_sets: the k-1 further experts that also see the image, spread evenly.
 3. dispatch_weights:   the weight of each of the k losses (WGM's weights; unbiased for any k).
@@ -21,6 +22,18 @@ import torch.nn.functional as F
 from coe_dist.coe.transport import Assignment, balanced_assignment, balanced_assignment_sparse
 
 LABEL_RULES = ("balanced", "best", "soft", "competence")
+
+
+def least_sure(confidence_N: torch.Tensor, sample_ids_N: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` rows of smallest confidence, ascending, int64 [count]; equal ones go by sample id.
+
+    Our own rule: at inference the delegator answers what it is surest of, so that experts need not learn it.
+
+    confidence_N: the delegator's largest class probability, float [N]; sample_ids_N int64 [N]; count from 0 to N.
+    """
+    by_id_N = torch.argsort(sample_ids_N, stable=True)
+    order_N = by_id_N[torch.argsort(confidence_N[by_id_N], stable=True)]
+    return order_N[:count].sort().values
 
 
 def route(

@@ -91,7 +91,9 @@ def _bounds(of: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, 
     low, high = node.get("minimum"), node.get("maximum")
     above, below = node.get("exclusiveMinimum"), node.get("exclusiveMaximum")
     start = f"from {low}" if low is not None else f"above {above}" if above is not None else ""
-    end = f"to {high}" if high is not None else f"below {below}" if below is not None else ""
-    if start.startswith("from") and not end:
-        start = start.replace("from", "of at least", 1)
-    return " ".join(part for part in (start, end) if part), node.get("type") == "integer"
+    end = f"at most {high}" if high is not None else f"below {below}" if below is not None else ""
+    if low is not None and high is not None:
+        return f"from {low} to {high}", node.get("type") == "integer"
+    if low is not None and not end:
+        start = f"of at least {low}"
+    return ", ".join(part for part in (start, end) if part), node.get("type") == "integer"

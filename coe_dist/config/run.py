@@ -52,6 +52,11 @@ class RunConfig(Section):
         return self.experts.count if self.experts.per_sample is None else self.experts.per_sample
 
     @property
+    def expert_samples(self) -> float:
+        """How many experts see a training image in an epoch: k, or less on average where `experts.share` is below 1."""
+        return self.experts_per_sample if self.experts.share == 1.0 else self.experts.share * self.experts_per_sample
+
+    @property
     def micro_batch(self) -> int:
         """N: images per global micro-batch, the unit of routing, labels and BatchNorm."""
         return self.training.global_batch // self.training.accumulation

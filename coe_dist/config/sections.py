@@ -35,6 +35,7 @@ class PretrainableConfig(NetworkConfig):
 class ExpertsConfig(PretrainableConfig):
     count: Annotated[int, Field(ge=2, le=4096)] = 4
     per_sample: Annotated[int, Field(ge=1, le=4096)] | None = None  # k; none means every expert (dense)
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of a batch: the images the delegator is least sure of
     initial_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01  # on initial_weights, times each tensor's size
 
 

@@ -87,7 +87,7 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "seed": config.seed,
         "expert_samples_per_image": {
-            "coe": config.experts_per_sample * config.training.epochs,
+            "coe": config.expert_samples * config.training.epochs,
             "single": config.training.epochs,
             "single_same_macs": config.training.epochs,
         },

@@ -55,7 +55,7 @@ def show_summary(summary: dict[str, Any], run_dir: Path) -> None:
         ("one network of the same MACs", "single_same_macs", "macs"),
     )
     for label, name, macs in rows:
-        table.add_row(label, percent(summary[name]["top1"]), f"{summary[name][macs]:,}", f"{seen[name]}")
+        table.add_row(label, percent(summary[name]["top1"]), f"{summary[name][macs]:,}", f"{seen[name]:g}")
     console.print(table)
     console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items()))
     console.print(f"report:  {run_dir / 'report.html'}\nMLflow:  coe-dist ui {run_dir.parent}", soft_wrap=True)

@@ -6,6 +6,7 @@ is a Solver's business (coe_dist.parallel.solvers); all of them give identical p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,18 +25,20 @@ class NonFiniteError(TrainingError):
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's answer for one global micro-batch."""
+    """The router's answer for the N images of one global micro-batch that experts learn from."""
 
     plan: ExchangePlan
     sizes: list[int]  # rows of each rank
     ids_N: torch.Tensor  # sample ids, int64 [N]
     experts_Nk: torch.Tensor  # dispatch sets, int64 [N,k]; column 0 is the assigned expert
     weights_k: torch.Tensor  # loss weights of the columns, float32 [k]
-    rows: slice  # this rank's rows of the global batch
+    rows: slice  # this rank's rows of these N
+    images: int  # of the whole global micro-batch, N or more
+    chosen_B: torch.Tensor | None  # which of this rank's images they are, ascending, int64 [B]; None: all of them
 
     @property
     def samples(self) -> int:
-        """N: images of the global micro-batch."""
+        """N."""
         return int(self.ids_N.shape[0])
 
     @property
@@ -52,7 +55,8 @@ class Router:
     """WGM before the experts, LGM and VCM after them, on the global batch whatever the number of ranks.
 
     per_sample: k. generalist_weight: lambda of modules.dispatch_weights, which raises ValueError for what it does not
-    allow. variance: without it every image has VCM weight 1. seed: of the dispatch permutations.
+    allow. variance: without it every image has VCM weight 1. seed: of the dispatch permutations. share: the part of the
+    global batch, rounded up, that experts learn from (modules.least_sure).
     """
 
     def __init__(
@@ -65,33 +69,67 @@ class Router:
         generalist_weight: float,
         variance: bool,
         seed: int,
+        share: float = 1.0,
     ) -> None:
         self.groups, self.solver = groups, solver
         self.experts, self.per_sample, self.variance, self.seed = experts, per_sample, variance, seed
+        self.share = share
         self.weights_k = modules.dispatch_weights(experts, per_sample, generalist_weight)
 
-    def route(self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int) -> Routing:
-        """Assigns the global batch. selection float [B,E], ids int64 [B]; `step` counts micro-batches and names the
-        dispatch permutation. Raises NonFiniteError when any rank's logits are not finite. Collective."""
-        selection_NE, sizes = self.groups.world.all_gather_rows(selection_BE.detach())
+    def route(
+        self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int, confidence_B: torch.Tensor | None = None
+    ) -> Routing:
+        """Assigns the global batch, or what experts learn from of it. selection float [B,E], ids int64 [B]; `step`
+        counts micro-batches and names the dispatch permutation. confidence: the delegator's largest class probability,
+        float [B], given where `share` is below 1. Raises NonFiniteError when any rank's logits are not finite.
+        Collective.
+        """
+        answers = selection_BE.detach()
+        if confidence_B is not None:  # travels as one more column
+            answers = torch.cat([answers, confidence_B.detach()[:, None].to(answers.dtype)], dim=1)
+        answers, sizes = self.groups.world.all_gather_rows(answers)
         ids_N, _ = self.groups.world.all_gather_rows(ids_B, sizes)
-        if not bool(torch.isfinite(selection_NE).all()):
+        if not bool(torch.isfinite(answers).all()):
             raise NonFiniteError("the delegator's selection logits are not finite (NaN or infinity)")
+        images, chosen_B = len(ids_N), None
+        selection_NE = answers[:, : self.experts]
+        if confidence_B is not None:
+            chosen_N = modules.least_sure(answers[:, -1], ids_N, math.ceil(self.share * images))
+            selection_NE, ids_N = selection_NE[chosen_N], ids_N[chosen_N]
+            chosen_B, sizes = self._own(chosen_N, sizes)
         assignment_N = self.solver.assign(selection_NE, ids_N, sizes)
         permutation = modules.step_permutation(self.seed, step, self.experts)
         experts_Nk = modules.dispatch_sets(assignment_N, permutation, experts=self.experts, per_sample=self.per_sample)
-        return self.routing(experts_Nk, ids_N, sizes)
+        return self.routing(experts_Nk, ids_N, sizes, images, chosen_B)
 
-    def routing(self, experts_Nk: torch.Tensor, ids_N: torch.Tensor, sizes: list[int]) -> Routing:
+    def _own(self, chosen_N: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """Of chosen rows of the global batch, ascending: this rank's, counted from its first; and how many each rank
+        has. sizes: rows of each rank."""
+        ends = torch.tensor(sizes, device=chosen_N.device).cumsum(0)
+        below = torch.searchsorted(chosen_N, ends).tolist()  # chosen rows before each rank's end
+        before, rank = [0, *below], self.groups.rank
+        mine = chosen_N[before[rank] : before[rank + 1]] - sum(sizes[:rank])
+        return mine, [after - first for first, after in zip(before, below, strict=False)]
+
+    def routing(
+        self,
+        experts_Nk: torch.Tensor,
+        ids_N: torch.Tensor,
+        sizes: list[int],
+        images: int | None = None,
+        chosen_B: torch.Tensor | None = None,
+    ) -> Routing:
         """Wraps given dispatch sets (used by route, and to replay recorded ones).
 
-        experts_Nk int64 [N,k] and ids_N int64 [N], rows in rank order; sizes: rows of each rank, N together.
+        experts_Nk int64 [N,k] and ids_N int64 [N], rows in rank order; sizes: rows of each rank, N together. images,
+        chosen_B: see Routing; by default the N images are all there are.
         """
         rank = self.groups.rank
         start = sum(sizes[:rank])
         plan = plan_exchange(experts_Nk, sizes, self.groups.placement, rank)
         weights_k = self.weights_k.to(experts_Nk.device)
-        return Routing(plan, sizes, ids_N, experts_Nk, weights_k, slice(start, start + sizes[rank]))
+        rows = slice(start, start + sizes[rank])
+        return Routing(plan, sizes, ids_N, experts_Nk, weights_k, rows, images or len(ids_N), chosen_B)
 
     def start_labels(
         self, losses_Bk: torch.Tensor, routing: Routing

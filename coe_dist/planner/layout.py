@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import comb
+from math import ceil, comb
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class Layout:
     world: int
     image_bytes: int  # C * H * W, uint8
     per_node: int
+    share: float = 1.0  # of the batch that experts learn from
 
     @cached_property
     def placement(self) -> ExpertPlacement:
@@ -45,6 +46,16 @@ class Layout:
         bounds = [share(self.batch, rank, self.world) for rank in range(self.world)]
         return np.array([stop - start for start, stop in bounds], dtype=np.float64)
 
+    @property
+    def dispatched(self) -> int:
+        """Of the batch the images that experts learn from."""
+        return ceil(self.share * self.batch)
+
+    @cached_property
+    def _sent(self) -> Floats:
+        """Of each rank's images those that experts learn from."""
+        return self.images * (self.dispatched / self.batch)
+
     @cached_property
     def hosted(self) -> Floats:
         """Experts on each rank."""
@@ -54,7 +65,7 @@ class Layout:
     def rows_of_expert(self) -> Floats:
         """Pairs of each expert that a rank hosts, its replicas sharing them."""
         replicas = [self.placement.replicas(experts[0]) for experts in self.placement.experts_of_rank]
-        return self.per_sample * self.batch / self.experts / np.array(replicas, dtype=np.float64)
+        return self.per_sample * self.dispatched / self.experts / np.array(replicas, dtype=np.float64)
 
     @cached_property
     def pairs(self) -> Floats:
@@ -70,7 +81,7 @@ class Layout:
         """Probability that a rank wants a given image of a rank that hosts other experts. Replicas keep the pairs of
         their own images (they have room for them), so they want none of each other."""
         if self.experts < self.world:
-            return self.rows_of_expert / self.batch
+            return self.rows_of_expert / self.dispatched
         sets = comb(self.experts, self.per_sample)
         without = {int(h): comb(self.experts - int(h), self.per_sample) / sets for h in np.unique(self.hosted)}
         return 1.0 - np.array([without[int(h)] for h in self.hosted])
@@ -88,23 +99,23 @@ class Layout:
     @cached_property
     def images_sent(self) -> Floats:
         """Images that each rank sends to other ranks; an image goes to a rank once."""
-        return self.images * self._of_others(self._chances)
+        return self._sent * self._of_others(self._chances)
 
     @cached_property
     def images_received(self) -> Floats:
-        return self._of_others(self.images) * self._chances
+        return self._of_others(self._sent) * self._chances
 
     @cached_property
     def pairs_sent(self) -> Floats:
         """Pairs of each rank's own images that another rank computes."""
         if self.experts >= self.world:
-            return self.images * self.per_sample * (1.0 - self.hosted / self.experts)
+            return self._sent * self.per_sample * (1.0 - self.hosted / self.experts)
         return self.images_sent  # a rank hosts one expert, so each pair has its own image
 
     @cached_property
     def pairs_received(self) -> Floats:
         if self.experts >= self.world:
-            return (self.batch - self.images) * self.per_sample * self.hosted / self.experts
+            return (self.dispatched - self._sent) * self.per_sample * self.hosted / self.experts
         return self.images_received
 
     @cached_property
@@ -115,6 +126,13 @@ class Layout:
     @cached_property
     def bytes_received(self) -> Floats:
         return self.images_received * self.image_bytes + self.pairs_received * HEADER_BYTES
+
+    @property
+    def bytes_gathered(self) -> float:
+        """Of the batch, on every rank: selection logits (with the confidence where that decides who is sent), ids and
+        losses."""
+        confidence = 4.0 if self.share < 1.0 else 0.0
+        return self.batch * (4.0 * self.experts + confidence + 8) + self.dispatched * 4.0 * self.per_sample
 
     @cached_property
     def share_between_nodes(self) -> Floats:
@@ -131,7 +149,7 @@ class Layout:
     def bytes_copied(self) -> Floats:
         """Image bytes that each rank copies in its own memory: gathered and joined for sending, joined with its own
         after receiving (not on a single rank), and gathered for each expert."""
-        pool = 0.0 if self.world == 1 else (self.images + self.images_received) * self.image_bytes
+        pool = 0.0 if self.world == 1 else (self._sent + self.images_received) * self.image_bytes
         return 2 * self.bytes_sent + pool + self.pairs * self.image_bytes
 
 

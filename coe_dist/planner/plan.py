@@ -47,7 +47,7 @@ def make_plan(run: Run, gpus: int) -> dict[str, Any]:
         },
         "rows": {
             "images_per_rank": [float(layout.images.min()), float(layout.images.max())],
-            "pairs_per_expert": layout.per_sample * layout.batch / layout.experts,
+            "pairs_per_expert": layout.per_sample * layout.dispatched / layout.experts,
             "pairs_per_rank": [float(layout.pairs.min()), float(layout.pairs.max())],
         },
         "memory": {
@@ -95,7 +95,7 @@ def _epochs(run: Run, gpus: int) -> dict[str, Any]:
     evaluations = math.ceil(training.epochs / training.evaluate_every)
     layout, rates = run.layout(gpus), run.rates
     # a forward pass is a third of a training pass, and every expert sees every image
-    rows = layout.rows_of_expert * layout.experts / layout.per_sample
+    rows = layout.rows_of_expert * layout.experts / layout.per_sample / layout.share
     experts = max(h * rates.expert.seconds(n) for h, n in zip(layout.hosted.tolist(), rows.tolist(), strict=True))
     per_batch = (rates.delegator.seconds(float(layout.images.max())) + experts) / 3
     validation = min(run.validation_images, run.config.data.limit or run.validation_images)
@@ -120,7 +120,7 @@ def _bytes(run: Run, layout: Layout) -> dict[str, float]:
         "pairs": repeats * float(layout.pairs.sum()),
         "pairs_remote": repeats * float(layout.pairs_sent.sum()),
         "returned": repeats * float(layout.pairs_sent.sum()) * element,
-        "gathered_per_rank": repeats * layout.batch * (4.0 * layout.experts + 8 + 4 * layout.per_sample),
+        "gathered_per_rank": repeats * layout.bytes_gathered,
         "gradients": layout.world * all_reduce_bytes(delegator, layout.world)
         + sum(ranks * all_reduce_bytes(expert, ranks) for ranks in groups),
         "gradients_of_a_rank": all_reduce_bytes(delegator, layout.world) + all_reduce_bytes(expert, max(groups)),

@@ -91,13 +91,12 @@ def _with_loader(
 
 def _route(config: RunConfig, layout: Layout, rates: Rates) -> float:
     """Gathers of logits, ids and losses; the two problems, solved on each rank (or of its rows only); the plan."""
-    solved = layout.batch / layout.world if config.router.scope == "local" else layout.batch
+    solved = layout.dispatched / layout.world if config.router.scope == "local" else layout.dispatched
     router = rates.router
     seconds = router.assign.seconds(solved) + router.labels.seconds(solved)
-    seconds += router.plan.seconds(layout.batch) + router.plan_peer * layout.world
-    gathered = layout.batch * (4 * layout.experts + 8 + 4 * layout.per_sample)
+    seconds += router.plan.seconds(layout.dispatched) + router.plan_peer * layout.world
     link, rounds = _link(layout, rates, layout.world), collective_rounds(layout.world)
-    return seconds + link.seconds(all_gather_bytes(gathered, layout.world), 4 * rounds)
+    return seconds + link.seconds(all_gather_bytes(layout.bytes_gathered, layout.world), 4 * rounds)
 
 
 def _exchange(layout: Layout, rates: Rates) -> float:

@@ -27,7 +27,7 @@ def counted_seconds(training: Training, train: SplitInfo) -> float:
     try:
         if training.network is None:
             delegator, experts = builder.collaboration_macs()
-            passes = [(1, delegator), (config.experts_per_sample, experts[0])]
+            passes = [(1, delegator), (config.expert_samples, experts[0])]
         else:
             passes = [(1, builder.macs_of(builder.single(training.network, "experts", 0)))]
         if config.distillation is not None:

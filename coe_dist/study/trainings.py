@@ -76,8 +76,9 @@ class Training:
 
     @property
     def samples(self) -> int:
-        """Times each training image is shown to an expert (or to the single network), over all epochs."""
-        return self.config.training.epochs * (1 if self.network else self.config.experts_per_sample)
+        """Times a training image is shown to an expert (or to the single network), over all epochs; a mean, rounded,
+        where experts learn from a part of each batch."""
+        return round(self.config.training.epochs * (1 if self.network else self.config.expert_samples))
 
     @property
     def ended(self) -> bool:

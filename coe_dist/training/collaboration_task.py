@@ -40,7 +40,7 @@ class CollaborationTask:
         config = job.config
         self.config, self.builder, self.groups, self.device = config, builder, groups, device
         self.run_dir, self.classes, self.splits = Path(job.run_dir), builder.info.classes, job.final_splits
-        self.experts, self.experts_per_sample = config.experts.count, config.experts_per_sample
+        self.experts, self.experts_per_sample = config.experts.count, config.expert_samples
         self.problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
         # before the engines: a router process starts while they are built
         self.solver = _build_solver(job, self.problems, groups, open_channel)
@@ -56,6 +56,7 @@ class CollaborationTask:
             generalist_weight=config.router.generalist_weight,
             variance=config.router.variance,
             seed=derive_seed(config.seed, "dispatch"),
+            share=config.experts.share,
         )
         self.step = CollaborationStep(
             self.delegator,
@@ -105,8 +106,9 @@ class CollaborationTask:
     def metrics(self, sums: StepSums) -> dict[str, float]:
         names = ("expert_loss", "delegator_loss", "selection_loss", "delegator_correct", "distillation_loss")
         total = reduced(sums, names, self.groups, self.device)
-        images = max(1.0, total["images"])
-        experts_loss, classes, selection = (total[name] / images for name in names[:3])
+        images, dispatched = max(1.0, total["images"]), max(1.0, total["dispatched"])
+        experts_loss = total["expert_loss"] / dispatched
+        classes, selection = total["delegator_loss"] / images, total["selection_loss"] / images
         delegator_loss = classes + self.config.router.selection_weight * selection
         metrics = {
             "train/loss": experts_loss + delegator_loss,
@@ -117,7 +119,7 @@ class CollaborationTask:
             "train/bytes_sent": total["bytes_sent"],
         }
         if self.config.distillation is not None:
-            metrics["train/loss_distillation"] = total["distillation_loss"] / images
+            metrics["train/loss_distillation"] = total["distillation_loss"] / dispatched
         if sums.load is not None:
             share = sums.load.double() / sums.load.sum().clamp_min(1)
             metrics |= {f"expert/{expert:02d}/load": float(value) for expert, value in enumerate(share)}

@@ -2,12 +2,14 @@
 
 1. Read:     uint8 images, labels and sample ids of this rank's share of the global micro-batch (done by the caller).
 2. Delegate: rough prediction and selection logits.
-3. Route:    the router assigns the global micro-batch and derives dispatch sets, loss weights and the exchange plan.
+3. Route:    the router assigns the global micro-batch, or the part of it that the delegator is least sure of, and
+             derives dispatch sets, loss weights and the exchange plan.
 4. Dispatch, learn, return: images travel to their experts, experts run on weighted, SUM-reduced losses, one float per
              (sample, expert) travels back while the experts' backward pass runs.
 5. Teach the delegator: selection labels, variance weights, its own loss and backward; then every engine steps.
 
-Gradients are those of means over the GLOBAL micro-batch of N images: each engine's loss is scaled by R/N, R the ranks
+Gradients are those of means over the GLOBAL micro-batch of N images (over its part that experts learn from, for experts
+and for selection): each engine's loss is scaled by R/N, R the ranks
 of its group, because engines average over their group. With accumulation over G micro-batches each is scaled by 1/G
 more.
 """
@@ -38,6 +40,7 @@ class StepSums:
     """
 
     images: int = 0
+    dispatched: int = 0  # of them those that experts learn from
     bytes_sent: int = 0
     # images assigned to each expert of the GLOBAL batches, int64 [E], equal on all ranks
     load: torch.Tensor | None = None
@@ -55,6 +58,10 @@ class MicroBatch:
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
+
+    def of(self, rows: torch.Tensor) -> MicroBatch:
+        """These rows, int64."""
+        return MicroBatch(self.images[rows], self.labels[rows], self.ids[rows])
 
 
 class CollaborationStep:
@@ -129,12 +136,15 @@ class CollaborationStep:
         # 2. delegate
         class_logits_BC, selection_BE = self.delegator(batch.images) if self._runs(batch) else self._no_rows(batch)
         # 3. route
-        routing = self.router.route(wide(selection_BE), batch.ids, step)
-        samples = routing.samples
+        confidence_B = None if self.router.share == 1.0 else _confidence(class_logits_BC)
+        routing = self.router.route(wide(selection_BE), batch.ids, step, confidence_B)
+        sent, samples = batch, routing.samples
+        if routing.chosen_B is not None:
+            sent, selection_BE = batch.of(routing.chosen_B), selection_BE[routing.chosen_B]
         # 4. dispatch, learn, return
-        weights_Bk = routing.weights_k.expand(len(batch.labels), -1)
-        hints_BX = None if self.teacher is None else self.teacher.hints(batch.images)
-        received = dispatch(routing.plan, batch.images, batch.labels, weights_Bk, world, hints_BX)
+        weights_Bk = routing.weights_k.expand(len(sent.labels), -1)
+        hints_BX, sent_hints_BX = self._hints(batch, sent, routing.chosen_B)
+        received = dispatch(routing.plan, sent.images, sent.labels, weights_Bk, world, sent_hints_BX)
         losses, backward_losses = self._expert_losses(received, routing, sums, samples * parts)
         losses_Bk = combine(routing.plan, losses, world)()
         finish_labels = self.router.start_labels(losses_Bk, routing)
@@ -145,12 +155,25 @@ class CollaborationStep:
         loss = self._delegator_loss(
             class_logits_BC, selection_BE, batch, routing, labels_Bk, variance_B, hints_BX, sums
         )
-        self.delegator.backward(None if loss is None else loss * (world.size / (samples * parts)), last=last)
+        self.delegator.backward(None if loss is None else loss * (world.size / (routing.images * parts)), last=last)
         sums.images += len(batch.labels)
+        sums.dispatched += len(sent.labels)
         hint_bytes = 0 if self.teacher is None else self.teacher.bytes_per_image
         sums.bytes_sent += routing.plan.bytes_sent(batch.images.shape[1:].numel() + hint_bytes)
         load = routing.load_E(self.router.experts)
         sums.load = load if sums.load is None else sums.load + load
+
+    def _hints(
+        self, batch: MicroBatch, sent: MicroBatch, chosen_B: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The teacher's hints on the images of the batch, which only the delegator needs, and on those sent."""
+        if self.teacher is None:
+            return None, None
+        if chosen_B is None or not self.teacher.delegator:
+            hints_BX = self.teacher.hints(sent.images)
+            return hints_BX, hints_BX
+        hints_BX = self.teacher.hints(batch.images)
+        return hints_BX, hints_BX[chosen_B]
 
     def _runs(self, batch: MicroBatch) -> bool:
         return len(batch.labels) > 0 or self.call_empty
@@ -200,7 +223,8 @@ class CollaborationStep:
         hints_BX: torch.Tensor | None,
         sums: StepSums,
     ) -> torch.Tensor | None:
-        """Summed loss of this rank's rows; None when there are none and the network was not called."""
+        """Summed loss of this rank's rows, that of selection (over the rows that were sent) enlarged as if it were one
+        of all rows; None when there are none and the network was not called."""
         if not self._runs(batch):
             return None
         logits = wide(class_logits_BC)
@@ -210,7 +234,13 @@ class CollaborationStep:
         classes = per_image.sum()
         per_row = modules.selection_losses(wide(selection_BE), routing.experts_Bk, labels_Bk, rule=self.label_rule)
         selection = (per_row * variance_B).sum() * (0.0 if self.frozen_selection else 1.0)
+        selection = selection * (routing.images / max(routing.samples, 1))
         sums.add("delegator_loss", classes.detach())
         sums.add("selection_loss", selection.detach())
         sums.add("delegator_correct", (logits.detach().argmax(1) == batch.labels).sum())
         return classes + self.selection_weight * selection
+
+
+def _confidence(class_logits_BC: torch.Tensor) -> torch.Tensor:
+    """The largest class probability, [B], no gradient."""
+    return torch.softmax(wide(class_logits_BC.detach()), dim=1).amax(1)

@@ -21,7 +21,7 @@ class Task(Protocol):
     def step(self) -> CollaborationStep | SingleStep: ...
 
     experts: int
-    experts_per_sample: int
+    experts_per_sample: float  # on average
     classes: tuple[str, ...]
 
     averages: dict[str, WeightAverage]  # by name of the network; empty without training.ema_decay
@@ -47,10 +47,11 @@ class Task(Protocol):
 
 
 def reduced(sums: StepSums, names: tuple[str, ...], groups: Groups, device: torch.device) -> dict[str, float]:
-    """Totals over all ranks of images, bytes_sent and the named values. Collective, one all-reduce."""
+    """Totals over all ranks of images, dispatched, bytes_sent and the named values. Collective, one all-reduce."""
     values = [torch.as_tensor(sums.values.get(name, 0.0), device=device).double() for name in names]
     counts = [
-        torch.tensor(float(count), dtype=torch.float64, device=device) for count in (sums.images, sums.bytes_sent)
+        torch.tensor(float(count), dtype=torch.float64, device=device)
+        for count in (sums.images, sums.dispatched, sums.bytes_sent)
     ]
     total = groups.world.all_reduce_sum(torch.stack([*counts, *values])).tolist()
-    return dict(zip(("images", "bytes_sent", *names), total, strict=True))
+    return dict(zip(("images", "dispatched", "bytes_sent", *names), total, strict=True))

@@ -51,6 +51,20 @@ def best_balanced_total(scores_NE: np.ndarray) -> float:
     return best
 
 
+# what goes to experts
+
+
+@quick
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 10**6))
+def test_least_sure_are_the_smallest_and_of_equal_ones_those_of_smaller_id(rows: int, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    confidence_N = torch.randint(0, 4, (rows,), generator=generator) / 4  # many are equal
+    ids_N = torch.randperm(1000, generator=generator)[:rows]
+    count = min(count, rows)
+    expected = sorted(sorted(range(rows), key=lambda row: (float(confidence_N[row]), int(ids_N[row])))[:count])
+    assert modules.least_sure(confidence_N, ids_N, count).tolist() == expected
+
+
 # weight generation
 
 

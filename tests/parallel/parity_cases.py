@@ -41,7 +41,10 @@ class ReplayRouter(Router):
 
     recorded: Outcome
 
-    def route(self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int) -> Routing:
+    def route(
+        self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int, confidence_B: torch.Tensor | None = None
+    ) -> Routing:
+        assert confidence_B is None, "recorded are sets for all images"
         self.replayed = step
         free = super().route(selection_BE, ids_B, step)
         return self.routing(self.recorded.dispatch_sets[step].to(free.ids_N.device), free.ids_N, free.sizes)
@@ -95,6 +98,7 @@ def build_step(case: Case, groups: Groups, recorded: Outcome | None, device: tor
         generalist_weight=GENERALIST,
         variance=True,
         seed=3,
+        share=case.share,
     )
     if recorded is not None:
         router.recorded = recorded
@@ -113,7 +117,7 @@ def teacher_of(case: Case, device: torch.device) -> Teacher | None:
     if not case.distilled:
         return None
     network = build_teacher(case).to(device)
-    return Teacher(network, top=TOP, temperature=TEMPERATURE, weight=case.distilled, delegator=True)
+    return Teacher(network, top=TOP, temperature=TEMPERATURE, weight=case.distilled, delegator=case.share == 1.0)
 
 
 def run_case(case: Case, groups: Groups, recorded: Outcome | None, device: torch.device = CPU) -> CollaborationStep:

@@ -44,7 +44,14 @@ def free_cases(world_size: int) -> list[Case]:
     return [
         Case(world_size, experts, k, precision="fp64", batchnorm="group", replay=False)
         for experts, k in ((3, 2), (4, 4), (6, 2))
-    ] + [Case(world_size, 3, 2, precision="fp64", batchnorm="group", replay=False, distilled=0.6, accumulation=2)]
+    ] + [
+        Case(world_size, 3, 2, precision="fp64", batchnorm="group", replay=False, **more)
+        for more in (
+            {"distilled": 0.6, "accumulation": 2},
+            {"share": 0.6},
+            {"share": 0.3, "distilled": 0.4, "where": "process"},
+        )
+    ]
 
 
 def check(cases: list[Case], folder: Path, timeout: float = 500) -> None:

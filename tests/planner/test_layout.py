@@ -19,24 +19,31 @@ STEPS = 24
 
 def plans_of(layout: Layout, step: int) -> list[ExchangePlan]:
     """The plans of all ranks for one balanced assignment in random order."""
-    order = torch.randperm(layout.batch, generator=torch.Generator().manual_seed(step))
+    generator = torch.Generator().manual_seed(step)
+    order = torch.randperm(layout.dispatched, generator=generator)
     sets_Nk = dispatch_sets(
         order % layout.experts,
         step_permutation(0, step, layout.experts),
         experts=layout.experts,
         per_sample=layout.per_sample,
     )
-    sizes = [int(rows) for rows in layout.images]
+    ends = layout.images.cumsum()
+    sent = torch.randperm(layout.batch, generator=generator)[: layout.dispatched]
+    sizes = np.histogram(sent.numpy(), bins=[0, *ends])[0].tolist()
     placement = ExpertPlacement(layout.experts, layout.world)
     return [plan_exchange(sets_Nk, sizes, placement, rank) for rank in range(layout.world)]
 
 
 @pytest.mark.parametrize(
-    ("experts", "per_sample", "world"),
-    [(4, 2, 1), (4, 2, 2), (6, 2, 4), (6, 3, 4), (16, 2, 4), (4, 4, 2), (2, 2, 3), (3, 2, 7), (2, 2, 8), (5, 5, 5)],
+    ("experts", "per_sample", "world", "share"),
+    [
+        *((4, 2, 1, 1.0), (4, 2, 2, 1.0), (6, 2, 4, 1.0), (6, 3, 4, 1.0), (16, 2, 4, 1.0)),
+        *((4, 4, 2, 1.0), (2, 2, 3, 1.0), (3, 2, 7, 1.0), (2, 2, 8, 1.0), (5, 5, 5, 1.0)),
+        *((4, 2, 1, 0.6), (6, 2, 4, 0.6), (3, 2, 5, 0.4)),
+    ],
 )
-def test_counts_are_those_of_real_plans(experts: int, per_sample: int, world: int) -> None:
-    layout = Layout(experts, per_sample, 240, world, IMAGE, per_node=2)
+def test_counts_are_those_of_real_plans(experts: int, per_sample: int, world: int, share: float) -> None:
+    layout = Layout(experts, per_sample, 240, world, IMAGE, per_node=2, share=share)
     sent, received, pairs, pairs_sent, hosted, between = (np.zeros((STEPS, world)) for _ in range(6))
     for step in range(STEPS):
         for rank, plan in enumerate(plans_of(layout, step)):
@@ -71,13 +78,14 @@ def test_counts_are_those_of_real_plans(experts: int, per_sample: int, world: in
     batch=st.integers(1, 500),
     world=st.integers(1, 60),
     per_node=st.integers(1, 9),
+    share=st.floats(0.01, 1.0),
 )
 def test_what_is_sent_is_received_and_nothing_is_lost(
-    experts: int, per_sample: int, batch: int, world: int, per_node: int
+    experts: int, per_sample: int, batch: int, world: int, per_node: int, share: float
 ) -> None:
-    layout = Layout(experts, min(per_sample, experts), batch, world, IMAGE, per_node)
+    layout = Layout(experts, min(per_sample, experts), batch, world, IMAGE, per_node, share)
     assert layout.images.sum() == batch
-    assert layout.pairs.sum() == pytest.approx(batch * layout.per_sample)
+    assert layout.pairs.sum() == pytest.approx(layout.dispatched * layout.per_sample)
     assert layout.bytes_sent.sum() == pytest.approx(layout.bytes_received.sum())
     assert layout.pairs_sent.sum() == pytest.approx(layout.pairs_received.sum())
     assert (layout.bytes_sent >= 0).all()
