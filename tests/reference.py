@@ -55,6 +55,7 @@ class Case:
 class Outcome:
     weights: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # network -> state dict
     momentum: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # network -> parameter -> buffer
+    kept: list[torch.Tensor] = field(default_factory=list)  # per micro-batch [N], rows that experts learn from
     dispatch_sets: list[torch.Tensor] = field(default_factory=list)  # per micro-batch [N,k]
     labels: list[torch.Tensor] = field(default_factory=list)  # per micro-batch [N,k]
 
@@ -297,6 +298,7 @@ def train(case: Case) -> Outcome:
                 rough = (1 - share) * rough + share * torch.stack([distillation(*pair) for pair in pairs_of_logits])
             loss = rough.mean() + BETA * selection_loss.mean()
             (loss / case.accumulation).backward()
+            outcome.kept.append(kept)
             outcome.dispatch_sets.append(torch.from_numpy(sets))
             outcome.labels.append(targets)
             micro_step += 1

@@ -37,17 +37,23 @@ from coe_dist.training.teacher import Teacher
 
 
 class ReplayRouter(Router):
-    """Takes dispatch sets and labels from a recording: fp32 rounding may flip a discrete choice between worlds."""
+    """Takes from a recording what goes to experts, dispatch sets and labels: fp32 rounding may flip a discrete choice
+    between worlds."""
 
     recorded: Outcome
 
     def route(
         self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int, confidence_B: torch.Tensor | None = None
     ) -> Routing:
-        assert confidence_B is None, "recorded are sets for all images"
         self.replayed = step
-        free = super().route(selection_BE, ids_B, step)
-        return self.routing(self.recorded.dispatch_sets[step].to(free.ids_N.device), free.ids_N, free.sizes)
+        free = super().route(selection_BE, ids_B, step, confidence_B)
+        sets_Nk, sizes, chosen_B = self.recorded.dispatch_sets[step].to(free.ids_N.device), free.sizes, None
+        if confidence_B is not None:
+            world = self.groups.world.size
+            bounds = [share(free.images, rank, world) for rank in range(world)]
+            kept_N = self.recorded.kept[step].to(free.ids_N.device)
+            chosen_B, sizes = self._own(kept_N, [stop - start for start, stop in bounds])
+        return self.routing(sets_Nk, free.ids_N, sizes, free.images, chosen_B)
 
     def start_labels(self, losses_Bk: torch.Tensor, routing: Routing) -> Any:
         finish = super().start_labels(losses_Bk, routing)

@@ -25,7 +25,11 @@ AXES: Axes = {
     "batchnorm": ["local", "group"],
 }
 # these vary with the cases of the covering set only
-EXTRA: Axes = {"labels": ["balanced", "best", "soft"], "where": ["replicated", "rank0", "process"]}
+EXTRA: Axes = {
+    "labels": ["balanced", "best", "soft"],
+    "where": ["replicated", "rank0", "process"],
+    "share": [1.0, 0.6],
+}
 
 
 def allowed(values: Values) -> bool:
