@@ -39,7 +39,8 @@ class Case:
     samples: int = 26  # global batch, over all micro-batches
     steps: int = 5
     replay: bool = True
-    distilled: float = 0.0  # weight of the distillation loss; the delegator learns by it too where share is 1
+    distilled: float = 0.0  # weight of the distillation loss
+    taught_delegator: bool = True  # whether the delegator learns by it too
     share: float = 1.0  # of a micro-batch: what experts learn from
 
     @property
@@ -216,7 +217,7 @@ def train(case: Case) -> Outcome:
     outcome = Outcome()
     networks = {name: _Network(network.train(), case) for name, network in build_networks(case).items()}
     experts, k = case.experts, case.per_sample
-    teacher, share = build_teacher(case), case.distilled
+    teacher, teaching = build_teacher(case), case.distilled
     micro_step = 0
     for step in range(case.steps):
         for part in range(case.accumulation):
@@ -230,7 +231,7 @@ def train(case: Case) -> Outcome:
 
             # what the delegator is least sure of goes on
             sureness = torch.softmax(class_logits.detach(), 1).amax(1).tolist()
-            in_order = sorted(range(len(labels)), key=lambda row: (sureness[row], int(ids[row])))
+            in_order = sorted(range(len(labels)), key=lambda row: sureness[row])
             kept = torch.tensor(sorted(in_order[: math.ceil(case.share * len(labels))]))
             all_labels, images, labels, ids = labels, images[kept], labels[kept], ids[kept]
             rank_of_row, selection, taught, samples = rank_of_row[kept], selection[kept], taught_all[kept], len(kept)
@@ -265,8 +266,8 @@ def train(case: Case) -> Outcome:
                 pair_losses = F.cross_entropy(logits, labels[rows], reduction="none")
                 for (row, column), own_logits, loss in zip(pairs, logits, pair_losses, strict=True):
                     losses[row, column] = loss.detach()
-                    if share:
-                        loss = (1 - share) * loss + share * distillation(own_logits, taught[row])
+                    if teaching:
+                        loss = (1 - teaching) * loss + teaching * distillation(own_logits, taught[row])
                     total = total + (weight_first if column == 0 else weight_other) * loss
             (total / samples / case.accumulation).backward()
 
@@ -293,9 +294,11 @@ def train(case: Case) -> Outcome:
                 cross = -(targets * torch.log_softmax(chosen, 1)).sum(1)
             selection_loss = cross * ratio
             rough = F.cross_entropy(class_logits, all_labels, reduction="none")
-            if share and case.share == 1.0:
+            if teaching and case.taught_delegator:
                 pairs_of_logits = zip(class_logits, taught_all, strict=True)
-                rough = (1 - share) * rough + share * torch.stack([distillation(*pair) for pair in pairs_of_logits])
+                rough = (1 - teaching) * rough + teaching * torch.stack(
+                    [distillation(*pair) for pair in pairs_of_logits]
+                )
             loss = rough.mean() + BETA * selection_loss.mean()
             (loss / case.accumulation).backward()
             outcome.kept.append(kept)

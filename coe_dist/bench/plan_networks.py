@@ -94,7 +94,7 @@ def measure_networks(setting: Setting, engines: Engines) -> Record:
     figures: Record = {}
     for name, group, others, rows in (
         ("delegator", [engines.delegator], engines.experts, layout.images),
-        ("expert", engines.experts, [engines.delegator], layout.rows_of_expert),
+        ("expert", engines.experts, [engines.delegator], setting.config.experts.share * layout.rows_of_expert),
     ):
         there = replace(setting, between=passes(setting, others, 8))
         figures[name] = asdict(_network_cost(there, group, int(rows.max()) + 1))

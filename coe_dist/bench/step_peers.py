@@ -63,6 +63,7 @@ class PlainBatch:
 def plain_batch(batch: MicroBatch, router: RecordingRouter) -> PlainBatch:
     """The batch as our step routed it last (world size 1)."""
     routing = router.routing_kept
+    assert routing.chosen_S is None, "rows are those of the whole batch"
     shares = []
     for expert in range(router.experts):
         rows, columns = torch.nonzero(routing.experts_Nk == expert, as_tuple=True)

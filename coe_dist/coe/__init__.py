@@ -8,7 +8,8 @@ is our own rule.
 Legend of the shape suffixes, used in the whole project:
 
     N  images of the global batch (rows in the order of the global batch)
-    B  images of this rank's share of it
+    B  images of this rank's part of it
+    S  of these B those that experts learn from: all, unless experts.share is below 1
     E  experts; an expert is named by its global id, 0 to E-1
     C  classes
     k  experts that see one training image: column 0 is the assigned expert

@@ -15,6 +15,8 @@ same answer. Row order is the global batch's. Floating dtypes are kept (float32 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,16 +24,22 @@ import torch.nn.functional as F
 from coe_dist.coe.transport import Assignment, balanced_assignment, balanced_assignment_sparse
 
 LABEL_RULES = ("balanced", "best", "soft", "competence")
+_GOLDEN = -7_046_029_254_386_353_131  # 2^64 over the golden ratio as int64; odd, so that ids stay distinct
+
+
+def sent_count(images: int, share: float) -> int:
+    """How many of so many images go to experts: the share of them, above 0 to 1, rounded up."""
+    return math.ceil(round(share * images, 6))  # 0.07 * 100 is above 7
 
 
 def least_sure(confidence_N: torch.Tensor, sample_ids_N: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` rows of smallest confidence, ascending, int64 [count]; equal ones go by sample id.
+    """The `count` rows of smallest confidence, ascending, int64 [count]; equal ones, such as saturated ones, go by a
+    hash of the sample id.
 
-    Our own rule: at inference the delegator answers what it is surest of, so that experts need not learn it.
-
+    Our own rule: in use the delegator answers what it is surest of, so that experts need not learn it.
     confidence_N: the delegator's largest class probability, float [N]; sample_ids_N int64 [N]; count from 0 to N.
     """
-    by_id_N = torch.argsort(sample_ids_N, stable=True)
+    by_id_N = torch.argsort(sample_ids_N * _GOLDEN)
     order_N = by_id_N[torch.argsort(confidence_N[by_id_N], stable=True)]
     return order_N[:count].sort().values
 

@@ -54,7 +54,8 @@ class RunConfig(Section):
     @property
     def expert_samples(self) -> float:
         """How many experts see a training image in an epoch: k, or less on average where `experts.share` is below 1."""
-        return self.experts_per_sample if self.experts.share == 1.0 else self.experts.share * self.experts_per_sample
+        k, share = self.experts_per_sample, self.experts.share
+        return k if share == 1.0 else round(share * k, 6)
 
     @property
     def micro_batch(self) -> int:

@@ -140,7 +140,8 @@ def _where(watched: Watched) -> str:
     if start.get("task") == "baseline":
         parts.append("one network alone")
     elif "experts" in start:
-        parts.append(f"{start['experts']} experts, {start.get('experts_per_sample', 0):g} for each training image")
+        seen = start.get("experts_per_sample")
+        parts.append(f"{start['experts']} experts" + (f", {seen:g} for each training image" if seen else ""))
     parts.append(f"{int(start.get('images', 0)):,} images")
     if watched.progress.resumed_from:
         parts.append(f"resumed from {watched.progress.resumed_from}")

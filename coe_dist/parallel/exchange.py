@@ -154,7 +154,8 @@ def dispatch(
 ) -> dict[int, ExpertBatch]:
     """Sends images, labels and weights to the experts' ranks; returns the batch of every hosted expert.
 
-    images uint8 [B,C,H,W], labels int64 [B], weights float [B,k], hints uint8 [B,X], on all ranks or on none. Raises
+    images uint8 [B,C,H,W], labels int64 [B], weights float [B,k], hints uint8 [B,X], on all ranks or on none; B of them
+    that experts learn from (S in the legend of coe_dist.coe). Raises
     TrainingError naming rank and group when the exchange fails or times out. Collective over `world`.
     """
     k, device = plan.per_sample, images_BCHW.device

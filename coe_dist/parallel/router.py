@@ -6,7 +6,6 @@ is a Solver's business (coe_dist.parallel.solvers); all of them give identical p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,8 +32,8 @@ class Routing:
     experts_Nk: torch.Tensor  # dispatch sets, int64 [N,k]; column 0 is the assigned expert
     weights_k: torch.Tensor  # loss weights of the columns, float32 [k]
     rows: slice  # this rank's rows of these N
-    images: int  # of the whole global micro-batch, N or more
-    chosen_B: torch.Tensor | None  # which of this rank's images they are, ascending, int64 [B]; None: all of them
+    batch_images: int  # of the whole global micro-batch, N or more
+    chosen_S: torch.Tensor | None  # which of this rank's images they are, ascending, int64 [S]; None: all of them
 
     @property
     def samples(self) -> int:
@@ -79,28 +78,30 @@ class Router:
     def route(
         self, selection_BE: torch.Tensor, ids_B: torch.Tensor, step: int, confidence_B: torch.Tensor | None = None
     ) -> Routing:
-        """Assigns the global batch, or what experts learn from of it. selection float [B,E], ids int64 [B]; `step`
-        counts micro-batches and names the dispatch permutation. confidence: the delegator's largest class probability,
-        float [B], given where `share` is below 1. Raises NonFiniteError when any rank's logits are not finite.
-        Collective.
+        """Assigns the global batch, or the images of it that experts learn from. selection float [B,E], ids int64 [B];
+        `step` counts micro-batches and names the dispatch permutation. confidence: the delegator's largest class
+        probability, float [B], given where `share` is below 1 and only there. Raises NonFiniteError when any rank's
+        logits are not finite, those of the classes too where the confidence is given. Collective.
         """
+        assert (confidence_B is None) == (self.share == 1.0), "confidences go with a share below 1"
         answers = selection_BE.detach()
         if confidence_B is not None:  # travels as one more column
             answers = torch.cat([answers, confidence_B.detach()[:, None].to(answers.dtype)], dim=1)
         answers, sizes = self.groups.world.all_gather_rows(answers)
         ids_N, _ = self.groups.world.all_gather_rows(ids_B, sizes)
-        if not bool(torch.isfinite(answers).all()):
-            raise NonFiniteError("the delegator's selection logits are not finite (NaN or infinity)")
-        images, chosen_B = len(ids_N), None
         selection_NE = answers[:, : self.experts]
+        if not bool(torch.isfinite(answers).all()):
+            kind = "class" if bool(torch.isfinite(selection_NE).all()) else "selection"
+            raise NonFiniteError(f"the delegator's {kind} logits are not finite (NaN or infinity)")
+        batch_images, chosen_S = len(ids_N), None
         if confidence_B is not None:
-            chosen_N = modules.least_sure(answers[:, -1], ids_N, math.ceil(self.share * images))
+            chosen_N = modules.least_sure(answers[:, -1], ids_N, modules.sent_count(batch_images, self.share))
             selection_NE, ids_N = selection_NE[chosen_N], ids_N[chosen_N]
-            chosen_B, sizes = self._own(chosen_N, sizes)
+            chosen_S, sizes = self._own(chosen_N, sizes)
         assignment_N = self.solver.assign(selection_NE, ids_N, sizes)
         permutation = modules.step_permutation(self.seed, step, self.experts)
         experts_Nk = modules.dispatch_sets(assignment_N, permutation, experts=self.experts, per_sample=self.per_sample)
-        return self.routing(experts_Nk, ids_N, sizes, images, chosen_B)
+        return self.routing(experts_Nk, ids_N, sizes, batch_images, chosen_S)
 
     def _own(self, chosen_N: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, list[int]]:
         """Of chosen rows of the global batch, ascending: this rank's, counted from its first; and how many each rank
@@ -116,20 +117,20 @@ class Router:
         experts_Nk: torch.Tensor,
         ids_N: torch.Tensor,
         sizes: list[int],
-        images: int | None = None,
-        chosen_B: torch.Tensor | None = None,
+        batch_images: int | None = None,
+        chosen_S: torch.Tensor | None = None,
     ) -> Routing:
         """Wraps given dispatch sets (used by route, and to replay recorded ones).
 
-        experts_Nk int64 [N,k] and ids_N int64 [N], rows in rank order; sizes: rows of each rank, N together. images,
-        chosen_B: see Routing; by default the N images are all there are.
+        experts_Nk int64 [N,k] and ids_N int64 [N], rows in rank order; sizes: rows of each rank, N together.
+        batch_images, chosen_S: see Routing; by default the N images are all there are.
         """
         rank = self.groups.rank
         start = sum(sizes[:rank])
         plan = plan_exchange(experts_Nk, sizes, self.groups.placement, rank)
         weights_k = self.weights_k.to(experts_Nk.device)
         rows = slice(start, start + sizes[rank])
-        return Routing(plan, sizes, ids_N, experts_Nk, weights_k, rows, images or len(ids_N), chosen_B)
+        return Routing(plan, sizes, ids_N, experts_Nk, weights_k, rows, batch_images or len(ids_N), chosen_S)
 
     def start_labels(
         self, losses_Bk: torch.Tensor, routing: Routing

@@ -11,7 +11,7 @@ _EXPLAINED = {
     "loader": "waiting for images (decoding overlaps the rest while cores are free)",
     "delegator": "forward and backward",
     "route": "gather logits and losses, balanced assignment, labels, plan",
-    "teacher": "forward, of each worker's own images",
+    "teacher": "forward, on the worker that has read the image",
     "exchange": "images to their experts and losses back",
     "experts": "forward and backward, slowest rank",
     "reduce": "gradients over replicas",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, comb
+from math import comb
 
 import numpy as np
 import numpy.typing as npt
 
+from coe_dist.coe.modules import sent_count
 from coe_dist.data.order import share
 from coe_dist.parallel.exchange import HEADER_BYTES
 from coe_dist.parallel.placement import ExpertPlacement
@@ -30,7 +31,7 @@ class Layout:
     world: int
     image_bytes: int  # C * H * W, uint8
     per_node: int
-    share: float = 1.0  # of the batch that experts learn from
+    sent_share: float = 1.0  # of the batch: what experts learn from
 
     @cached_property
     def placement(self) -> ExpertPlacement:
@@ -48,12 +49,12 @@ class Layout:
 
     @property
     def dispatched(self) -> int:
-        """Of the batch the images that experts learn from."""
-        return ceil(self.share * self.batch)
+        """Images that experts learn from."""
+        return sent_count(self.batch, self.sent_share)
 
     @cached_property
-    def _sent(self) -> Floats:
-        """Of each rank's images those that experts learn from."""
+    def sent(self) -> Floats:
+        """Images of each rank that experts learn from."""
         return self.images * (self.dispatched / self.batch)
 
     @cached_property
@@ -99,23 +100,23 @@ class Layout:
     @cached_property
     def images_sent(self) -> Floats:
         """Images that each rank sends to other ranks; an image goes to a rank once."""
-        return self._sent * self._of_others(self._chances)
+        return self.sent * self._of_others(self._chances)
 
     @cached_property
     def images_received(self) -> Floats:
-        return self._of_others(self._sent) * self._chances
+        return self._of_others(self.sent) * self._chances
 
     @cached_property
     def pairs_sent(self) -> Floats:
         """Pairs of each rank's own images that another rank computes."""
         if self.experts >= self.world:
-            return self._sent * self.per_sample * (1.0 - self.hosted / self.experts)
+            return self.sent * self.per_sample * (1.0 - self.hosted / self.experts)
         return self.images_sent  # a rank hosts one expert, so each pair has its own image
 
     @cached_property
     def pairs_received(self) -> Floats:
         if self.experts >= self.world:
-            return (self.dispatched - self._sent) * self.per_sample * self.hosted / self.experts
+            return (self.dispatched - self.sent) * self.per_sample * self.hosted / self.experts
         return self.images_received
 
     @cached_property
@@ -131,7 +132,7 @@ class Layout:
     def bytes_gathered(self) -> float:
         """Of the batch, on every rank: selection logits (with the confidence where that decides who is sent), ids and
         losses."""
-        confidence = 4.0 if self.share < 1.0 else 0.0
+        confidence = 4.0 if self.sent_share < 1.0 else 0.0
         return self.batch * (4.0 * self.experts + confidence + 8) + self.dispatched * 4.0 * self.per_sample
 
     @cached_property
@@ -147,10 +148,12 @@ class Layout:
 
     @cached_property
     def bytes_copied(self) -> Floats:
-        """Image bytes that each rank copies in its own memory: gathered and joined for sending, joined with its own
-        after receiving (not on a single rank), and gathered for each expert."""
-        pool = 0.0 if self.world == 1 else (self._sent + self.images_received) * self.image_bytes
-        return 2 * self.bytes_sent + pool + self.pairs * self.image_bytes
+        """Image bytes that each rank copies in its own memory: taken out of the batch where experts learn from a part
+        of it, gathered and joined for sending, joined with its own after receiving (not on a single rank), and gathered
+        for each expert."""
+        part = self.sent * self.image_bytes if self.sent_share < 1.0 else 0.0
+        pool = 0.0 if self.world == 1 else (self.sent + self.images_received) * self.image_bytes
+        return part + 2 * self.bytes_sent + pool + self.pairs * self.image_bytes
 
 
 def all_reduce_bytes(size: int, ranks: int) -> float:

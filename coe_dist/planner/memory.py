@@ -86,11 +86,12 @@ def of_rank(
         partition = size / (ranks if training.zero_stage else 1)
         optimizer += partition * (optimizer_tensors(config) + (training.zero_stage > 0))
         averages += size + count * facts.buffers * 4 if training.ema_decay is not None else 0.0
-    rows, pairs = np.ceil(layout.images[rank]), np.ceil(layout.pairs[rank])
+    rows, sent_rows, pairs = (np.ceil(counts[rank]) for counts in (layout.images, layout.sent, layout.pairs))
     activations = rows * delegator.saved_bytes_per_image + pairs * expert.saved_bytes_per_image
     received, sent = layout.bytes_received[rank], layout.bytes_sent[rank]
-    pool = 0.0 if layout.world == 1 else rows * layout.image_bytes + received
-    exchange = sent + received + pool + pairs * layout.image_bytes
+    pool = 0.0 if layout.world == 1 else sent_rows * layout.image_bytes + received
+    part = sent_rows * layout.image_bytes if layout.sent_share < 1.0 else 0.0
+    exchange = part + sent + received + pool + pairs * layout.image_bytes
     return Memory(
         weights=float(weights),
         gradients=float(gradients),

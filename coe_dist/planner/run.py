@@ -47,7 +47,7 @@ class Run:
             world=world,
             image_bytes=self.channels * (side or config.data.resolution) ** 2 + hints,
             per_node=self.rates.per_node,
-            share=config.experts.share,
+            sent_share=config.experts.share,
         )
 
     @property

@@ -49,10 +49,11 @@ def predict_step(
     repeats = config.training.accumulation
     pairs = zip(layout.hosted.tolist(), layout.rows_of_expert.tolist(), strict=True)
     computing = [hosted * rates.expert.seconds(rows) for hosted, rows in pairs]
+    taught = layout.images if config.distillation and config.distillation.delegator else layout.sent
     work = {
         "delegator": repeats * rates.delegator.seconds(float(layout.images.max())),
         "route": repeats * _route(config, layout, rates),
-        "teacher": repeats * rates.teacher.seconds(float(layout.images.max())) if rates.teacher else 0.0,
+        "teacher": repeats * rates.teacher.seconds(float(taught.max())) if rates.teacher else 0.0,
         "exchange": repeats * _exchange(layout, rates),
         "experts": repeats * max(computing),
         "reduce": _reduce(config, layout, rates, delegator, expert),

@@ -31,7 +31,8 @@ def counted_seconds(training: Training, train: SplitInfo) -> float:
         else:
             passes = [(1, builder.macs_of(builder.single(training.network, "experts", 0)))]
         if config.distillation is not None:
-            passes.append((1 / 3, builder.macs_of(unlearned_teacher(config, train).network)))
+            taught = 1.0 if training.network or config.distillation.delegator else config.experts.share
+            passes.append((taught / 3, builder.macs_of(unlearned_teacher(config, train).network)))
     except InputError as error:
         raise InputError(f"curves.{training.curve}.points.{training.point}: {error}") from None
     images = min(train.count, config.data.limit or train.count)

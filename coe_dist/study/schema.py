@@ -22,7 +22,7 @@ class CurveConfig(Section):
     start: CURVE/POINT of the single network, trained with the same seed, whose weights the delegator or all experts of
     these trainings start from (training/initial_weights.py), or, as `teacher`, that they learn from: its network and
     weights take the place of those in `distillation`, which must be there. Only the teacher is for single networks too,
-    and no curve of these learns, over others or not, from itself.
+    and no curve may learn from itself, directly or through others.
     """
 
     kind: Literal["collaboration", "single"]
@@ -112,7 +112,8 @@ def _check_starts(study: StudyConfig, singles: list[str]) -> None:
                 )
             if name in _teachers(study, label):
                 raise InputError(
-                    f"curves.{name}.start.{section}: {label!r} is not allowed; it learns from a point of this curve"
+                    f"curves.{name}.start.{section}: {label!r} is not allowed; it is a point of this curve or learns "
+                    "from one"
                 )
 
 

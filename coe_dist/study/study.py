@@ -217,7 +217,7 @@ class Study:
 
 
 def missing_starts(trainings: Iterable[Training]) -> list[Training]:
-    """What these start or learn from and whose weights are not here, each after what it learns from itself."""
+    """What these start or learn from and whose weights are not here, each after its own teacher."""
     missing: dict[str, Training] = {}
     for training in trainings:
         for _, start in training.starts:

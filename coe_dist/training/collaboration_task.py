@@ -40,7 +40,7 @@ class CollaborationTask:
         config = job.config
         self.config, self.builder, self.groups, self.device = config, builder, groups, device
         self.run_dir, self.classes, self.splits = Path(job.run_dir), builder.info.classes, job.final_splits
-        self.experts, self.experts_per_sample = config.experts.count, config.expert_samples
+        self.experts, self.expert_samples = config.experts.count, config.expert_samples
         self.problems = Problems(config.experts.count, config.router.labels, config.router.label_temperature)
         # before the engines: a router process starts while they are built
         self.solver = _build_solver(job, self.problems, groups, open_channel)

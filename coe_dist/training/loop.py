@@ -80,7 +80,7 @@ class Loop:
             steps_per_epoch=self.steps_per_epoch,
             world_size=self.groups.world.size,
             experts=self.task.experts,
-            experts_per_sample=self.task.experts_per_sample,
+            experts_per_sample=self.task.expert_samples,
             images=self.data.loader("train").count,
             **(resumed or {}),
         )

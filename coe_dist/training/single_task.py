@@ -20,7 +20,7 @@ from coe_dist.training.teacher import configured_teacher
 
 
 class SingleTask:
-    experts, experts_per_sample = 1, 1.0
+    experts, expert_samples = 1, 1.0
 
     def __init__(self, job: Job, builder: NetworkBuilder, groups: Groups, device: torch.device) -> None:
         assert job.network is not None

@@ -8,10 +8,9 @@
              (sample, expert) travels back while the experts' backward pass runs.
 5. Teach the delegator: selection labels, variance weights, its own loss and backward; then every engine steps.
 
-Gradients are those of means over the GLOBAL micro-batch of N images (over its part that experts learn from, for experts
-and for selection): each engine's loss is scaled by R/N, R the ranks
-of its group, because engines average over their group. With accumulation over G micro-batches each is scaled by 1/G
-more.
+Gradients are those of means over the images of the GLOBAL micro-batch, for experts and for selection over those N of
+them that experts learn from: an expert's loss is scaled by R/N, R the ranks of its group, because engines average over
+their group, and so is the delegator's by all images. With accumulation over G micro-batches each is scaled by 1/G more.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ class StepSums:
     """Sums over this rank's rows since the last report; additive over ranks and steps.
 
     `values` stay on the device until they are read, so that a step never waits for the GPU because of them:
-    delegator_loss, selection_loss, delegator_correct over images; expert_loss and, of it, distillation_loss (weighted)
-    over (sample, expert) pairs.
+    delegator_loss and delegator_correct over images; selection_loss over those dispatched, enlarged as if it were over
+    all; expert_loss and, of it, distillation_loss (weighted) over (sample, expert) pairs.
     """
 
     images: int = 0
-    dispatched: int = 0  # of them those that experts learn from
+    dispatched: int = 0  # images that experts learn from
     bytes_sent: int = 0
     # images assigned to each expert of the GLOBAL batches, int64 [E], equal on all ranks
     load: torch.Tensor | None = None
@@ -53,15 +52,16 @@ class StepSums:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """This rank's share of a global micro-batch: uint8 [B,C,H,W], int64 [B], int64 [B]."""
+    """This rank's part of a global micro-batch: uint8 [B,C,H,W], int64 [B], int64 [B]."""
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
 
-    def of(self, rows: torch.Tensor) -> MicroBatch:
-        """These rows, int64."""
-        return MicroBatch(self.images[rows], self.labels[rows], self.ids[rows])
+    def of(self, rows_S: torch.Tensor) -> MicroBatch:
+        """These rows, int64 [S]."""
+        images = self.images.index_select(0, rows_S)  # on a CPU many times faster than images[rows]
+        return MicroBatch(images, self.labels[rows_S], self.ids[rows_S])
 
 
 class CollaborationStep:
@@ -138,24 +138,25 @@ class CollaborationStep:
         # 3. route
         confidence_B = None if self.router.share == 1.0 else _confidence(class_logits_BC)
         routing = self.router.route(wide(selection_BE), batch.ids, step, confidence_B)
-        sent, samples = batch, routing.samples
-        if routing.chosen_B is not None:
-            sent, selection_BE = batch.of(routing.chosen_B), selection_BE[routing.chosen_B]
+        sent, selection_SE, samples = batch, selection_BE, routing.samples
+        if routing.chosen_S is not None:
+            sent, selection_SE = batch.of(routing.chosen_S), selection_BE[routing.chosen_S]
         # 4. dispatch, learn, return
-        weights_Bk = routing.weights_k.expand(len(sent.labels), -1)
-        hints_BX, sent_hints_BX = self._hints(batch, sent, routing.chosen_B)
-        received = dispatch(routing.plan, sent.images, sent.labels, weights_Bk, world, sent_hints_BX)
+        weights_Sk = routing.weights_k.expand(len(sent.labels), -1)
+        hints_BX, hints_SX = self._hints(batch, sent, routing.chosen_S)
+        received = dispatch(routing.plan, sent.images, sent.labels, weights_Sk, world, hints_SX)
         losses, backward_losses = self._expert_losses(received, routing, sums, samples * parts)
-        losses_Bk = combine(routing.plan, losses, world)()
-        finish_labels = self.router.start_labels(losses_Bk, routing)
+        losses_Sk = combine(routing.plan, losses, world)()
+        finish_labels = self.router.start_labels(losses_Sk, routing)
         for expert in sorted(self.experts):
             self.experts[expert].backward(backward_losses[expert], last=last)
         # 5. teach the delegator
-        labels_Bk, variance_B = finish_labels()
+        labels_Sk, variance_S = finish_labels()
         loss = self._delegator_loss(
-            class_logits_BC, selection_BE, batch, routing, labels_Bk, variance_B, hints_BX, sums
+            class_logits_BC, selection_SE, batch, routing, labels_Sk, variance_S, hints_BX, sums
         )
-        self.delegator.backward(None if loss is None else loss * (world.size / (routing.images * parts)), last=last)
+        scale = world.size / (routing.batch_images * parts)
+        self.delegator.backward(None if loss is None else loss * scale, last=last)
         sums.images += len(batch.labels)
         sums.dispatched += len(sent.labels)
         hint_bytes = 0 if self.teacher is None else self.teacher.bytes_per_image
@@ -164,16 +165,15 @@ class CollaborationStep:
         sums.load = load if sums.load is None else sums.load + load
 
     def _hints(
-        self, batch: MicroBatch, sent: MicroBatch, chosen_B: torch.Tensor | None
+        self, batch: MicroBatch, sent: MicroBatch, chosen_S: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The teacher's hints on the images of the batch, which only the delegator needs, and on those sent."""
+        """The teacher's hints for the delegator, on all images or none, and for experts, on those sent."""
         if self.teacher is None:
             return None, None
-        if chosen_B is None or not self.teacher.delegator:
-            hints_BX = self.teacher.hints(sent.images)
-            return hints_BX, hints_BX
+        if not self.teacher.delegator:
+            return None, self.teacher.hints(sent.images)
         hints_BX = self.teacher.hints(batch.images)
-        return hints_BX, hints_BX[chosen_B]
+        return hints_BX, hints_BX if chosen_S is None else hints_BX.index_select(0, chosen_S)
 
     def _runs(self, batch: MicroBatch) -> bool:
         return len(batch.labels) > 0 or self.call_empty
@@ -215,11 +215,11 @@ class CollaborationStep:
     def _delegator_loss(
         self,
         class_logits_BC: torch.Tensor,
-        selection_BE: torch.Tensor,
+        selection_SE: torch.Tensor,
         batch: MicroBatch,
         routing: Routing,
-        labels_Bk: torch.Tensor,
-        variance_B: torch.Tensor,
+        labels_Sk: torch.Tensor,
+        variance_S: torch.Tensor,
         hints_BX: torch.Tensor | None,
         sums: StepSums,
     ) -> torch.Tensor | None:
@@ -229,12 +229,12 @@ class CollaborationStep:
             return None
         logits = wide(class_logits_BC)
         per_image = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=self.label_smoothing)
-        if self.teacher is not None and self.teacher.delegator and hints_BX is not None:
+        if self.teacher is not None and hints_BX is not None:
             per_image = self.teacher.mixed(per_image, self.teacher.losses(logits, hints_BX))
         classes = per_image.sum()
-        per_row = modules.selection_losses(wide(selection_BE), routing.experts_Bk, labels_Bk, rule=self.label_rule)
-        selection = (per_row * variance_B).sum() * (0.0 if self.frozen_selection else 1.0)
-        selection = selection * (routing.images / max(routing.samples, 1))
+        per_row = modules.selection_losses(wide(selection_SE), routing.experts_Bk, labels_Sk, rule=self.label_rule)
+        selection = (per_row * variance_S).sum() * (0.0 if self.frozen_selection else 1.0)
+        selection = selection * (routing.batch_images / max(routing.samples, 1))
         sums.add("delegator_loss", classes.detach())
         sums.add("selection_loss", selection.detach())
         sums.add("delegator_correct", (logits.detach().argmax(1) == batch.labels).sum())

@@ -21,7 +21,7 @@ class Task(Protocol):
     def step(self) -> CollaborationStep | SingleStep: ...
 
     experts: int
-    experts_per_sample: float  # on average
+    expert_samples: float  # experts that see a training image, on average
     classes: tuple[str, ...]
 
     averages: dict[str, WeightAverage]  # by name of the network; empty without training.ema_decay

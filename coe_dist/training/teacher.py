@@ -1,4 +1,4 @@
-"""The teacher of a training with distillation: it looks once at every image, on the rank that has read it."""
+"""The teacher of a training with distillation: it looks once at an image, on the rank that has read it."""
 
 from __future__ import annotations
 

@@ -56,13 +56,27 @@ def best_balanced_total(scores_NE: np.ndarray) -> float:
 
 @quick
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 10**6))
-def test_least_sure_are_the_smallest_and_of_equal_ones_those_of_smaller_id(rows: int, count: int, seed: int) -> None:
+def test_least_sure_are_the_smallest_and_equal_ones_go_by_a_hash_of_the_id(rows: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     confidence_N = torch.randint(0, 4, (rows,), generator=generator) / 4  # many are equal
     ids_N = torch.randperm(1000, generator=generator)[:rows]
     count = min(count, rows)
-    expected = sorted(sorted(range(rows), key=lambda row: (float(confidence_N[row]), int(ids_N[row])))[:count])
-    assert modules.least_sure(confidence_N, ids_N, count).tolist() == expected
+
+    def key(row: int) -> tuple[float, int]:
+        word = int(ids_N[row]) * 0x9E3779B97F4A7C15 % 2**64
+        return float(confidence_N[row]), word - 2**64 if word >= 2**63 else word
+
+    assert modules.least_sure(confidence_N, ids_N, count).tolist() == sorted(sorted(range(rows), key=key)[:count])
+
+
+def test_of_equally_sure_images_those_sent_are_spread_over_the_ids() -> None:
+    kept = modules.least_sure(torch.ones(10_000), torch.arange(10_000), 5000)
+    assert torch.bincount(kept // 1000).tolist() == pytest.approx([500] * 10, abs=25)
+
+
+def test_the_share_of_the_images_is_rounded_up() -> None:
+    counts = [modules.sent_count(*case) for case in ((100, 0.07), (256, 0.6), (10, 0.01), (7, 1.0), (1, 0.5), (0, 0.5))]
+    assert counts == [7, 154, 1, 7, 1, 0]
 
 
 # weight generation

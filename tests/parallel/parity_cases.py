@@ -47,13 +47,13 @@ class ReplayRouter(Router):
     ) -> Routing:
         self.replayed = step
         free = super().route(selection_BE, ids_B, step, confidence_B)
-        sets_Nk, sizes, chosen_B = self.recorded.dispatch_sets[step].to(free.ids_N.device), free.sizes, None
+        sets_Nk, sizes, chosen_S = self.recorded.dispatch_sets[step].to(free.ids_N.device), free.sizes, None
         if confidence_B is not None:
             world = self.groups.world.size
-            bounds = [share(free.images, rank, world) for rank in range(world)]
+            bounds = [share(free.batch_images, rank, world) for rank in range(world)]
             kept_N = self.recorded.kept[step].to(free.ids_N.device)
-            chosen_B, sizes = self._own(kept_N, [stop - start for start, stop in bounds])
-        return self.routing(sets_Nk, free.ids_N, sizes, free.images, chosen_B)
+            chosen_S, sizes = self._own(kept_N, [stop - start for start, stop in bounds])
+        return self.routing(sets_Nk, free.ids_N, sizes, free.batch_images, chosen_S)
 
     def start_labels(self, losses_Bk: torch.Tensor, routing: Routing) -> Any:
         finish = super().start_labels(losses_Bk, routing)
@@ -123,7 +123,7 @@ def teacher_of(case: Case, device: torch.device) -> Teacher | None:
     if not case.distilled:
         return None
     network = build_teacher(case).to(device)
-    return Teacher(network, top=TOP, temperature=TEMPERATURE, weight=case.distilled, delegator=case.share == 1.0)
+    return Teacher(network, top=TOP, temperature=TEMPERATURE, weight=case.distilled, delegator=case.taught_delegator)
 
 
 def run_case(case: Case, groups: Groups, recorded: Outcome | None, device: torch.device = CPU) -> CollaborationStep:

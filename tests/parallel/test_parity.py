@@ -52,8 +52,9 @@ def free_cases(world_size: int) -> list[Case]:
         Case(world_size, 3, 2, precision="fp64", batchnorm="group", replay=False, **more)
         for more in (
             {"distilled": 0.6, "accumulation": 2},
-            {"share": 0.6},
-            {"share": 0.3, "distilled": 0.4, "where": "process"},
+            {"share": 0.6, "distilled": 0.5},
+            {"share": 0.3, "distilled": 0.4, "taught_delegator": False, "where": "process"},
+            {"share": 0.6, "samples": 8},  # in the end two images, and ranks without any
         )
     ]
 

@@ -70,6 +70,21 @@ def test_steps_hours_and_parts_by_hand() -> None:
     assert plan["gpu_hours"] == plan["hours"] == pytest.approx((plan["train_seconds"] + evaluation) / 3600)
 
 
+def test_experts_and_their_teacher_get_a_share_of_the_images_by_hand() -> None:
+    whole, half = by_hand(), by_hand().with_changes(experts={"share": 0.5})
+    parts, all_parts = half.step_at(1, 28).parts, whole.step_at(1, 28).parts
+    assert parts["experts"] == pytest.approx(0.192)  # 32 images for each of three
+    assert parts["teacher"] == pytest.approx(48 * 4e-3)
+    assert parts["delegator"] == all_parts["delegator"] == pytest.approx(0.096)
+    taught = half.with_changes(distillation={"delegator": True})
+    assert taught.step_at(1, 28).parts["teacher"] == all_parts["teacher"]
+    plan, whole_plan = make_plan(half, 2), make_plan(whole, 2)
+    assert plan["evaluation_seconds"] == pytest.approx(whole_plan["evaluation_seconds"])
+    assert plan["rows"]["pairs_per_expert"] == 32
+    assert plan["bytes_per_step"]["exchange"] == pytest.approx(whole_plan["bytes_per_step"]["exchange"] / 2)
+    assert plan["memory"]["activations"] < whole_plan["memory"]["activations"]
+
+
 def test_a_teacher_looks_once_at_each_image_on_the_rank_that_has_read_it() -> None:
     run = by_hand()
     assert run.step_at(2, 28).parts["teacher"] == pytest.approx(48 * 4e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,8 @@ STEPS = 24
 def plans_of(layout: Layout, step: int) -> list[ExchangePlan]:
     """The plans of all ranks for one balanced assignment in random order."""
     generator = torch.Generator().manual_seed(step)
-    order = torch.randperm(layout.dispatched, generator=generator)
+    dispatched = ceil(layout.sent_share * layout.batch)
+    order = torch.randperm(dispatched, generator=generator)
     sets_Nk = dispatch_sets(
         order % layout.experts,
         step_permutation(0, step, layout.experts),
@@ -28,7 +31,7 @@ def plans_of(layout: Layout, step: int) -> list[ExchangePlan]:
         per_sample=layout.per_sample,
     )
     ends = layout.images.cumsum()
-    sent = torch.randperm(layout.batch, generator=generator)[: layout.dispatched]
+    sent = torch.randperm(layout.batch, generator=generator)[:dispatched]
     sizes = np.histogram(sent.numpy(), bins=[0, *ends])[0].tolist()
     placement = ExpertPlacement(layout.experts, layout.world)
     return [plan_exchange(sets_Nk, sizes, placement, rank) for rank in range(layout.world)]
@@ -43,7 +46,7 @@ def plans_of(layout: Layout, step: int) -> list[ExchangePlan]:
     ],
 )
 def test_counts_are_those_of_real_plans(experts: int, per_sample: int, world: int, share: float) -> None:
-    layout = Layout(experts, per_sample, 240, world, IMAGE, per_node=2, share=share)
+    layout = Layout(experts, per_sample, 240, world, IMAGE, per_node=2, sent_share=share)
     sent, received, pairs, pairs_sent, hosted, between = (np.zeros((STEPS, world)) for _ in range(6))
     for step in range(STEPS):
         for rank, plan in enumerate(plans_of(layout, step)):

@@ -210,7 +210,7 @@ def test_a_training_may_learn_from_a_single_network(tmp_path: Path) -> None:
     for message, overrides, start in (
         ("curves.taught.points.a: distillation: None is not allowed; start.teacher", (), {"teacher": "single/b"}),
         ("curves.taught.start.experts: 'single/b' is not allowed; only collab", (section,), {"experts": "single/b"}),
-        ("curves.taught.start.teacher: 'taught/a' is not allowed; it learns", (section,), {"teacher": "taught/a"}),
+        ("curves.taught.start.teacher: 'taught/a' is not allowed; it is a", (section,), {"teacher": "taught/a"}),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
             trainings_of(
@@ -242,7 +242,7 @@ def test_what_a_training_starts_from_may_have_a_teacher(tmp_path: Path) -> None:
     assert missing_starts([coe]) == [single, first, second]
     assert missing_starts([first, coe]) == [single, first, second]
     assert len({one[-1].digest for one in (study("single/a", "first/a"), study("single/a", "single/a"))}) == 2
-    with pytest.raises(InputError, match=r"^curves.first.start.teacher: 'second/a' is not allowed; it learns"):
+    with pytest.raises(InputError, match=r"^curves.first.start.teacher: 'second/a' is not allowed; it is a"):
         study("second/a", "first/a")
 
 

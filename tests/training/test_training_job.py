@@ -147,6 +147,22 @@ def test_another_configuration_is_not_resumed(trained: Path, capsys: pytest.Capt
     assert len(message.splitlines()) == 1
 
 
+def test_experts_may_learn_from_a_share_of_the_images(small_data: Path, tmp_path: Path) -> None:
+    """Losses are means over the images that experts see, so that they are about as large as those of all images."""
+    losses = {}
+    for share in (1.0, 0.3):
+        content = small_config(small_data, tmp_path / str(share), experts={"share": share}, training={"epochs": 1})
+        done = torchrun(2, str(write_config(tmp_path / "run.yaml", content)))
+        assert done.returncode == 0, done.stderr[-4000:]
+        run = tmp_path / str(share) / "run"
+        assert [line["experts_per_sample"] for line in lines_of(run, "start")] == [2 if share == 1.0 else 0.6]
+        metrics = lines_of(run, "train")[0]["metrics"]
+        losses[share] = [metrics[f"train/loss_{part}"] for part in ("experts", "delegator")]
+        assert sum(metrics[f"expert/{expert:02d}/load"] for expert in range(EXPERTS)) == pytest.approx(1)
+    assert losses[0.3] != losses[1.0]
+    assert losses[0.3] == pytest.approx(losses[1.0], rel=0.3)
+
+
 def test_a_single_network_is_trained_by_the_same_recipe(small_data: Path, tmp_path: Path) -> None:
     network = NetworkConfig(network="small_cnn", options={"width": 0.1})
     config = load_config(write_config(tmp_path / "run.yaml", small_config(small_data, tmp_path / "runs")))
