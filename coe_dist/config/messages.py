@@ -90,10 +90,9 @@ def _bounds(of: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, 
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
     low, high = node.get("minimum"), node.get("maximum")
     above, below = node.get("exclusiveMinimum"), node.get("exclusiveMaximum")
-    start = f"from {low}" if low is not None else f"above {above}" if above is not None else ""
-    end = f"at most {high}" if high is not None else f"below {below}" if below is not None else ""
+    whole = node.get("type") == "integer"
     if low is not None and high is not None:
-        return f"from {low} to {high}", node.get("type") == "integer"
-    if low is not None and not end:
-        start = f"of at least {low}"
-    return ", ".join(part for part in (start, end) if part), node.get("type") == "integer"
+        return f"from {low} to {high}", whole
+    at_least = "of at least" if below is None else "from"
+    bounds = ((at_least, low), ("above", above), ("at most", high), ("below", below))
+    return ", ".join(f"{words} {bound}" for words, bound in bounds if bound is not None), whole

@@ -63,10 +63,15 @@ class Layout:
         return np.array([len(experts) for experts in self.placement.experts_of_rank], dtype=np.float64)
 
     @cached_property
+    def replicas(self) -> Floats:
+        """Of the experts on each rank."""
+        replicas = [self.placement.replicas(experts[0]) for experts in self.placement.experts_of_rank]
+        return np.array(replicas, dtype=np.float64)
+
+    @cached_property
     def rows_of_expert(self) -> Floats:
         """Pairs of each expert that a rank hosts, its replicas sharing them."""
-        replicas = [self.placement.replicas(experts[0]) for experts in self.placement.experts_of_rank]
-        return self.per_sample * self.dispatched / self.experts / np.array(replicas, dtype=np.float64)
+        return self.per_sample * self.dispatched / self.experts / self.replicas
 
     @cached_property
     def pairs(self) -> Floats:
@@ -147,13 +152,18 @@ class Layout:
         return share.clip(0.0, 1.0) if self.nodes > 1 else np.zeros(self.world)
 
     @cached_property
+    def bytes_taken(self) -> Floats:
+        """Image bytes that each rank takes out of its batch, where experts learn from a part of it."""
+        taken = self.sent if self.sent_share < 1.0 else np.zeros(self.world)
+        return taken * self.image_bytes
+
+    @cached_property
     def bytes_copied(self) -> Floats:
         """Image bytes that each rank copies in its own memory: taken out of the batch where experts learn from a part
         of it, gathered and joined for sending, joined with its own after receiving (not on a single rank), and gathered
         for each expert."""
-        part = self.sent * self.image_bytes if self.sent_share < 1.0 else 0.0
         pool = 0.0 if self.world == 1 else (self.sent + self.images_received) * self.image_bytes
-        return part + 2 * self.bytes_sent + pool + self.pairs * self.image_bytes
+        return self.bytes_taken + 2 * self.bytes_sent + pool + self.pairs * self.image_bytes
 
 
 def all_reduce_bytes(size: int, ranks: int) -> float:

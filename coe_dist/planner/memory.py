@@ -90,8 +90,7 @@ def of_rank(
     activations = rows * delegator.saved_bytes_per_image + pairs * expert.saved_bytes_per_image
     received, sent = layout.bytes_received[rank], layout.bytes_sent[rank]
     pool = 0.0 if layout.world == 1 else sent_rows * layout.image_bytes + received
-    part = sent_rows * layout.image_bytes if layout.sent_share < 1.0 else 0.0
-    exchange = part + sent + received + pool + pairs * layout.image_bytes
+    exchange = layout.bytes_taken[rank] + sent + received + pool + pairs * layout.image_bytes
     return Memory(
         weights=float(weights),
         gradients=float(gradients),

@@ -95,7 +95,7 @@ def _epochs(run: Run, gpus: int) -> dict[str, Any]:
     evaluations = math.ceil(training.epochs / training.evaluate_every)
     layout, rates = run.layout(gpus), run.rates
     # a forward pass is a third of a training pass, and every expert sees every image
-    rows = layout.rows_of_expert * layout.experts / layout.per_sample * layout.batch / layout.dispatched
+    rows = layout.batch / layout.replicas
     experts = max(h * rates.expert.seconds(n) for h, n in zip(layout.hosted.tolist(), rows.tolist(), strict=True))
     per_batch = (rates.delegator.seconds(float(layout.images.max())) + experts) / 3
     validation = min(run.validation_images, run.config.data.limit or run.validation_images)
