@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coe_dist.errors import Preempted, TrainingError
+from coe_dist.errors import InputError, Preempted, TrainingError
 from coe_dist.orchestration.signals import Terminated, own_signals
 from coe_dist.study.cost import makespan
 from coe_dist.study.study import Limits, Say, Study
@@ -32,17 +32,23 @@ def run_study(
     TrainingError when trainings failed, after all others have ended.
     """
     limits = limits or Limits()
+    if verify and limits != Limits():
+        raise InputError("--verify: not allowed with --max-runs or --max-minutes; --only and --seeds make it shorter")
     study = Study(name, only=only, seeds=seeds, say=say)
-    left = study.left
-    if left and not verify and limits.runs != 0:
-        _say_cost(study, left, limits)
+    starts, again = study.drawn() if verify else ([], [])
+    if verify:
+        others = f" and {len(starts)} to start from" if starts else ""
+        plural = "" if len(again) == 1 else "s"
+        _say_cost(study, f"{len(again)} training{plural} again{others}", [*starts, *again])
+    elif (left := study.left) and limits.runs != 0:
+        _say_left(study, left, limits)
     if dry_run:
         return {**study.summary(), "files": [], "verify": []}
     answers: list[dict[str, Any]] = []
     with locked(study.base), own_signals():
         try:
             if verify:
-                answers = study.verify()
+                answers = study.verify(starts, again)
             else:
                 study.train(limits)
         except Terminated:
@@ -54,21 +60,22 @@ def run_study(
     return {**study.summary(), "files": [str(path) for path in files], "verify": answers}
 
 
-def _say_cost(study: Study, left: Sequence[Training], limits: Limits) -> None:
-    seconds_of = study.seconds()
-    every = [seconds_of(training) for training in left]
-    measured = study.finished(study.every)
-    source = f"by {measured} finished trainings" if measured else "by counted MACs"
+def _say_left(study: Study, left: Sequence[Training], limits: Limits) -> None:
     own = sum(training in study.chosen for training in left)
     others = f" and {len(left) - own} to start from" if own < len(left) else ""
-    study.say(
-        f"study {study.settings.name}: {own} of {len(study.chosen)} trainings{others} are left, "
-        f"{study.slots} at a time, about {makespan(every, study.slots) / 60:.0f} minutes ({source})"
-    )
+    _say_cost(study, f"{own} of {len(study.chosen)} trainings{others} are left", left)
     if limits.runs is not None or limits.minutes is not None:
         parts = [f"{limits.runs} trainings"] if limits.runs is not None else []
         parts += [f"{limits.minutes:g} minutes"] if limits.minutes is not None else []
         study.say(f"this call: at most {' and '.join(parts)}")
+
+
+def _say_cost(study: Study, what: str, trainings: Sequence[Training]) -> None:
+    seconds_of = study.seconds()
+    minutes = makespan([seconds_of(training) for training in trainings], study.slots) / 60
+    measured = study.finished(study.every)
+    source = f"by {measured} finished trainings" if measured else "by counted MACs"
+    study.say(f"study {study.settings.name}: {what}, {study.slots} at a time, about {minutes:.0f} minutes ({source})")
 
 
 def _write(study: Study) -> list[Path]:

@@ -167,34 +167,42 @@ class Study:
             revision=self.revision,
         )
 
-    def verify(self) -> list[dict[str, Any]]:
-        """Trains one random finished training of each chosen curve again, and compares."""
-        pairs = {t.label: t for t in verifying.drawn(self.chosen, self.results, generator=random.SystemRandom())}
-        if not pairs:
+    def drawn(self) -> tuple[list[Training], list[Training]]:
+        """For verify: one random finished training of each chosen curve (second), and what these start or learn from
+        and whose weights are not here (first). Raises InputError where none is finished."""
+        found = verifying.drawn(self.chosen, self.results, generator=random.SystemRandom())
+        if not found:
             raise InputError(f"--verify: nothing is finished in {self.results.rows_path}; run the study first")
-        points, answers = finished_points(self.every, self.results), []
+        return missing_starts(found), [verifying.repeated(training) for training in found]
+
+    def verify(self, starts: Sequence[Training], again: Sequence[Training]) -> list[dict[str, Any]]:
+        """Trains what was drawn, and compares. Raises TrainingError for the first that fails."""
+        points, answers, ended = finished_points(self.every, self.results), [], 0
+        trainings = [*starts, *again]
 
         def begin(training: Training) -> Job:
             prepare_folder(training.started_config(), overwrite=True)
             return training.job()
 
-        starts = missing_starts(pairs.values())
-
         def finish(training: Training, trained: Trained) -> None:
+            nonlocal ended
+            label = f"{training.label} seed {training.seed}"
             if trained.problem is not None:
-                raise TrainingError(f"{training.label} seed {training.seed}: {trained.problem}")
-            if training in starts:
-                return
-            before = self.results.row_of(training.digest, test=training.test)
-            assert before is not None
-            allowed = verifying.allowed_difference(training.curve, points)
-            answer = verifying.compared(before, self.outcome(training, trained)[0], allowed)
-            answers.append({**answer, "curve": training.curve, "point": training.point})
-            self.say(verifying.sentence(answers[-1]))
+                raise TrainingError(f"{label}: {trained.problem}")
+            ended += 1
+            told = f"{label}: others start or learn from it"
+            if training not in starts:
+                before = self.results.row_of(training.digest, test=training.test)
+                assert before is not None
+                allowed = verifying.allowed_difference(training.curve, points)
+                answer = verifying.compared(before, self.outcome(training, trained)[0], allowed)
+                answers.append({**answer, "curve": training.curve, "point": training.point})
+                told = verifying.sentence(answers[-1])
+            self.say(f"[{ended}/{len(trainings)}] {told}")
 
         run_all(
-            [*starts, *(verifying.repeated(training) for training in pairs.values())],
-            slots=min(self.slots, len(pairs)),
+            trainings,
+            slots=min(self.slots, len(trainings)),
             logs=prepare_logs(self.base),
             begin=begin,
             finish=finish,

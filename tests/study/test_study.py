@@ -190,7 +190,18 @@ def test_a_training_comes_out_again_bit_for_bit(folder: Path, lines: list[str]) 
     answers = run_study(str(folder / "tiny.yaml"), verify=True, say=said.append)["verify"]
     assert [answer["curve"] for answer in answers] == ["single", "search", "coe"]
     assert all(answer["equal"] and answer["verified"] for answer in answers)
-    assert all(line.endswith("every figure as before") for line in said)
+    assert said[0].startswith("study tiny: 3 trainings again, 1 at a time, about ")
+    assert [line.split("]")[0] for line in said[1:]] == ["[1/3", "[2/3", "[3/3"]
+    assert all(line.endswith("every figure as before") for line in said[1:])
+
+
+def test_what_it_costs_to_verify_is_said_without_training(folder: Path, lines: list[str]) -> None:
+    said: list[str] = []
+    before = {run: run.stat().st_mtime_ns for run in (folder / "runs").iterdir()}
+    summary = run_study(str(folder / "tiny.yaml"), only="coe", verify=True, dry_run=True, say=said.append)
+    assert [line.split(",")[0] for line in said] == ["study tiny: 1 training again"]
+    assert summary["verify"] == []
+    assert {run: run.stat().st_mtime_ns for run in (folder / "runs").iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -200,6 +211,7 @@ def test_a_training_comes_out_again_bit_for_bit(folder: Path, lines: list[str]) 
         ({"limits": {"minutes": 0.0}}, "--max-minutes: 0.0 is not allowed"),
         ({"only": "cow"}, "--only: 'cow' is not allowed; it matches none of single/a"),
         ({"seeds": [7], "verify": True}, "--verify: nothing is finished in "),
+        ({"limits": {"minutes": 1.0}, "verify": True}, "--verify: not allowed with --max-runs or --max-minutes"),
     ],
 )
 def test_refused(folder: Path, options: dict[str, Any], message: str) -> None:
