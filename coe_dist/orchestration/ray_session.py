@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from coe_dist.config import RunConfig
-from coe_dist.errors import InputError
+from coe_dist.errors import InputError, TrainingError
 from coe_dist.orchestration.environment import environment
 from coe_dist.orchestration.processes import end_marked, marking, new_mark
 from coe_dist.orchestration.ray_token import (
@@ -30,6 +30,7 @@ from coe_dist.orchestration.ray_token import (
 from coe_dist.orchestration.signals import own_signals, undisturbed
 from coe_dist.resources import usable_cores, usable_gpus
 
+_log = logging.getLogger("coe_dist.ray")
 _LONGEST_TEMP_FOLDER = 30  # Ray puts unix sockets about 70 characters below it, and their paths may have 107 characters
 _OBJECT_STORE_BYTES = 128 * 2**20  # tensors travel by torch.distributed; Ray's own store only carries the job
 
@@ -50,7 +51,8 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
 
     Every process of it is gone when the block is left: at its end, by an exception, Ctrl-C or SIGTERM (which raises
     signals.Terminated in the main thread). `node_ip` is the address other machines would use; none lets Ray choose.
-    Raises InputError when the token file is not private or a Ray is running in this process already.
+    Raises InputError when the token file is not private or a Ray is running in this process already, and TrainingError
+    when Ray does not come up at a second try either (it gives a busy machine 30 seconds).
     """
     settings = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     if not token_given():
@@ -60,23 +62,27 @@ def local_ray(config: RunConfig, *, node_ip: str | None = None) -> Iterator[RayS
     try:
         with environment(settings), own_signals() as install_handler:
             mark = new_mark()
+            options = {
+                "address": "local",
+                "num_cpus": usable_cores(),
+                "num_gpus": gpus,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+                "_temp_dir": str(folder / "r"),  # Ray opens it to everybody (mode 0777); its parent stays private
+                "_node_ip_address": node_ip,
+            }
             try:
                 with marking(mark):
-                    _init(
-                        address="local",
-                        num_cpus=usable_cores(),
-                        num_gpus=gpus,
-                        object_store_memory=_OBJECT_STORE_BYTES,
-                        include_dashboard=False,
-                        _temp_dir=str(folder / "r"),  # Ray opens it to everybody (mode 0777); its parent stays private
-                        _node_ip_address=node_ip,
-                    )
+                    try:
+                        _init(**options)
+                    except TrainingError as error:  # on a busy machine, where the second finds its files in memory
+                        _log.warning("%s; once more", error)
+                        _end(mark)
+                        _init(**options)
                 install_handler()
                 yield _session(local=True)
             finally:
-                with undisturbed():
-                    _disconnect()
-                    end_marked(mark)
+                _end(mark)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -114,10 +120,11 @@ def _init(**options: Any) -> None:
     try:
         # Workers write to files of the run folder (see worker_output.py); Ray's chatter stays in its session folder.
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises bare ones too: a raylet that is not up after 30 seconds
+        reason = " ".join(str(error).split())
         if options["address"] == "local":
-            raise
-        raise InputError(f"address: {options['address']} is not usable; {' '.join(str(error).split())}") from error
+            raise TrainingError(f"ray: it did not start on this machine; {reason}") from error
+        raise InputError(f"address: {options['address']} is not usable; {reason}") from error
 
 
 def _session(*, local: bool) -> RaySession:
@@ -132,6 +139,12 @@ def _disconnect() -> None:
     import ray
 
     ray.shutdown()
+
+
+def _end(mark: str) -> None:
+    with undisturbed():
+        _disconnect()
+        end_marked(mark)
 
 
 def _short_private_folder() -> Path:

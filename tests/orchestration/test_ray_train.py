@@ -15,6 +15,7 @@ from coe_dist.resources import usable_cores
 from coe_dist.training.job import Job
 
 SCENARIO = Path(__file__).with_name("scenario_session.py")
+NO_START = Path(__file__).with_name("scenario_no_start.py")
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,19 @@ def test_too_many_workers_are_refused_before_ray_starts(tmp_path):
 
 def test_oversubscription_is_allowed_when_asked_for():
     check_workers(parse_config({"name": "big", "workers": {"count": 64, "oversubscribe": True, "device": "cpu"}}))
+
+
+@pytest.mark.full
+def test_ray_that_does_not_start_is_tried_once_more(tmp_path):
+    found = scenario(NO_START, "1", folder=tmp_path)
+    assert (found["cpus"], found["message"], found["left"]) == (usable_cores(), None, [])
+    (line,) = found["heard"]
+    assert line.startswith("ray: it did not start on this machine; The current node timed out")
+    assert line.endswith("; once more")
+
+
+@pytest.mark.full
+def test_ray_that_never_starts_is_said_in_one_line_and_leaves_nothing(tmp_path):
+    found = scenario(NO_START, "2", folder=tmp_path)
+    assert found["message"].startswith("ray: it did not start on this machine; The current node timed out")
+    assert found["left"] == []
