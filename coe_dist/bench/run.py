@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from coe_dist.console import table_console
 from coe_dist.errors import InputError
 
 BENCHES = ("router", "exchange", "step", "pwlu", "inference", "loader", "plan")
@@ -32,7 +32,7 @@ def show(record: dict[str, Any]) -> None:
         fields = " ".join(f"{key}={value}" for key, value in case["case"].items())
         ours = " ".join(f"{key} {_short(value)}" for key, value in case["ours"].items())
         table.add_row(fields, ours, *(_ratio(case["peers"].get(peer)) for peer in peers))
-    console = Console()
+    console = table_console()
     console.print(table)
     console.print(f"machine: {record['machine']}\nversions: {record['versions']}", soft_wrap=True)
 

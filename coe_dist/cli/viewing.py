@@ -60,14 +60,13 @@ def sync(run: RunPlace) -> None:
 @app.command(rich_help_panel=SEE, epilog="Example: coe-dist doctor --json")
 def doctor(as_json: AsJson = False) -> None:
     """Check versions, cores, memory and GPUs, and whether FFCV, DeepSpeed, Ray and MLflow really work here."""
-    from rich.console import Console
-
+    from coe_dist.console import table_console
     from coe_dist.orchestration.doctor import collect, diagnose
 
     if as_json:
         print(json.dumps(collect(), default=str))
     else:
-        raise typer.Exit(diagnose(Console()))
+        raise typer.Exit(diagnose(table_console()))
 
 
 @app.command(rich_help_panel=SEE, epilog="Example: coe-dist bench router --json")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from coe_dist.console import table_console
 
 
 def show_written(report: dict[str, Any]) -> None:
@@ -16,7 +17,7 @@ def show_written(report: dict[str, Any]) -> None:
     for part in report["splits"].values():
         figures = (f"{part['count']:,}", f"{part['quarantined']:,}", f"{part['bytes'] / 1e6:,.1f}")
         table.add_row(part["file"], *figures, f"{part['seconds']:.1f}", part["status"])
-    console = Console(highlight=False)
+    console = table_console(highlight=False)
     console.print(table)
     for part in report["splits"].values():
         if part["quarantined"]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from coe_dist.console import table_console
 from coe_dist.orchestration.progress_state import percent
 
 
@@ -16,7 +16,7 @@ def show_evaluation(result: dict[str, Any], run_dir: Path) -> None:
     from coe_dist.training.chosen import Networks
     from coe_dist.training.thresholds import threshold_of
 
-    console, top1 = Console(), result["top1"]
+    console, top1 = table_console(), result["top1"]
     networks, threshold = Networks(result["step"], result["weights"]), threshold_of(result)
     table = Table(title=f"{run_dir}: {result['split']} split, {result['images']:,} images")
     table.add_column("system")
@@ -44,7 +44,7 @@ def show_evaluation(result: dict[str, Any], run_dir: Path) -> None:
 
 def show_summary(summary: dict[str, Any], run_dir: Path) -> None:
     """Prints the demonstration's comparison and where everything lies."""
-    console = Console()
+    console = table_console()
     table = Table(title="Same recipe, same epochs, test split")
     for heading in ("system", "top-1", "MACs per image", "expert samples seen per image"):
         table.add_column(heading, justify="left" if heading == "system" else "right")

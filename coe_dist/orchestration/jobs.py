@@ -6,9 +6,9 @@ import time
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from coe_dist.console import table_console
 from coe_dist.errors import TrainingError
 from coe_dist.orchestration.job_cluster import JobCluster, job_cluster
 from coe_dist.orchestration.job_record import Attempt, attempts, newest_attempt
@@ -51,7 +51,7 @@ def show_launched(rows: list[dict[str, Any]]) -> None:
         took = "" if started is None else clock((row["ended"] or time.time()) - started)
         code = "" if row["exit_code"] is None else str(row["exit_code"])
         table.add_row(row["run"], str(row["attempt"]), row["status"].lower(), code, began, took)
-    Console().print(table)
+    table_console().print(table)
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:

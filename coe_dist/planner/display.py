@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from coe_dist.console import table_console
 
 _EXPLAINED = {
     "loader": "waiting for images (decoding overlaps the rest while cores are free)",
@@ -21,7 +22,7 @@ _EXPLAINED = {
 
 def show_plan(plan: dict[str, Any]) -> None:
     """Prints what make_plan returned."""
-    console = Console()
+    console = table_console()
     placement, rows, memory, sent = plan["placement"], plan["rows"], plan["memory"], plan["bytes_per_step"]
     console.print(f"{plan['name']} on {plan['gpus']} x {plan['gpu']}, {_counted(plan['nodes'], 'machine')}")
     console.print(
@@ -90,7 +91,7 @@ def _memory(memory: dict[str, Any]) -> Table:
     )
     parts = ("weights", "gradients", "optimizer", "averages", "activations", "images", "framework")
     for part in parts:
-        table.add_column(part, justify="right")
+        table.add_column(part, justify="right", overflow="fold")
     table.add_row(*(_bytes(memory[part]) for part in parts))
     return table
 

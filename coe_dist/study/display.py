@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from coe_dist.console import table_console
 from coe_dist.errors import InputError
 from coe_dist.study.comparison import percent, without_empty_columns
 
@@ -41,10 +41,10 @@ def show_study(summary: Mapping[str, Any]) -> None:
         rows.append([f"{point['curve']}/{point['point']}", seeds, macs, *cells, *last])
     heads, *lines = without_empty_columns(rows)
     for column, heading in enumerate(heads):
-        table.add_column(heading, justify="right" if column else "left", no_wrap=column == 0)
+        table.add_column(heading, justify="right" if column else "left", overflow="fold")
     for line in lines:
         table.add_row(*line)
-    console = Console()
+    console = table_console()
     console.print(table)
     if summary["frontier"] is not None:
         saving = summary["frontier"]["macs_saving"]

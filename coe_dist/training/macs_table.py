@@ -106,8 +106,9 @@ def _counted(field: str, network: nn.Module, size: dict[str, int]) -> int:
 
 def show_macs(table: dict[str, Any]) -> None:
     """Prints macs_table's answer."""
-    from rich.console import Console
     from rich.table import Table
+
+    from coe_dist.console import table_console
 
     rows = Table(title=f"MACs (the paper's FLOPs) of an image of {table['resolution']} pixels")
     for heading in ("network", "MACs", "PWLU, pointwise", "parameters"):
@@ -120,7 +121,7 @@ def show_macs(table: dict[str, Any]) -> None:
         rows.add_row(name, *map(_short, counts))
     rows.add_row("one image, at most", _short(table["delegator_macs"] + table["expert_macs"][0]), "", "")
     rows.add_row("all", "", "", _short(parameters["total"]))
-    console = Console()
+    console = table_console()
     console.print(rows)
     if table["budget_macs"] is not None:
         console.print(
