@@ -6,7 +6,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 COE = .venv/bin/coe-dist
 PYTEST = .venv/bin/python -m pytest
 
-TWO_FILES = -n 2 --dist loadfile
+TWO_FILES = -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo rehearsal test test-full coverage docs-check test-gpu test-multi-gpu lint setup setup-dev
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -31,6 +32,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+    items[:] = spread(items)
+
+
+def spread(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The files of each folder evenly over the whole: those of one folder wait for the same things (Ray's start, four
+    ranks), and would make each other late."""
+    folders: dict[Path, dict[Path, list[pytest.Item]]] = {}
+    for item in items:
+        folders.setdefault(item.path.parent, {}).setdefault(item.path, []).append(item)
+    placed = [
+        ((number + 0.5) / len(files), tests)
+        for files in folders.values()
+        for number, tests in enumerate(files.values())
+    ]
+    return [item for _, tests in sorted(placed, key=lambda pair: pair[0]) for item in tests]
 
 
 @pytest.fixture
