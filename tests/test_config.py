@@ -222,6 +222,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(file)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("experts=[1]", "experts: [1] is not allowed; give a mapping of keys"),
+        ("workers=[2]", "workers: [2] is not allowed; give a mapping of keys"),
+        ("data.folder.x=1", "data.folder: {'x': 1} is not allowed; give text"),
+        ("training.epochs=???", "training.epochs: '???' is not allowed; give a whole number from 0 to 100000"),
+    ],
+)
+def test_an_override_of_another_shape_is_refused_like_any_value(tmp_path: Path, override: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: shapes\nexperts: {count: 4}\ntraining: {epochs: 2}\n")
+    with pytest.raises(InputError) as caught:
+        load_config(file, [override])
+    assert str(caught.value) == message
+
+
 def test_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("name: a\ntraining: {epochs: 2, optimizer: {learning_rate: 1e-3}}\n")

@@ -31,8 +31,10 @@ def test_no_figure_of_a_study_is_cut(
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= (columns or 160)
     assert "…" not in text
+    assert ("left out, for the terminal is narrow: oracle" in text) == (columns is not None)
     words = set(re.findall(r"[+-]?\d[\d,.]*", text))
     for point in summary["points"]:
+        assert f"{point['curve']}/{point['point']} " in text
         assert f"{point['macs']['mean']:,.0f}" in words
         figure = point["full_test_top1"] or point["full_val_top1"]
         assert f"{100 * figure['mean']:.2f}" in words

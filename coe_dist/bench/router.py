@@ -20,6 +20,7 @@ from coe_dist.bench.record import Record, case, machine, timed, versions
 from coe_dist.bench.router_peers import PEERS, Problem
 from coe_dist.bench.router_places import place_cases
 from coe_dist.coe.transport import SCORE_UNIT, Assignment, balanced_assignment, balanced_assignment_sparse
+from coe_dist.extras import require
 
 SIZES = [(1024, 16), (4096, 16), (16384, 64), (65536, 64)]
 KINDS = ["trained", "random", "tied"]
@@ -27,6 +28,7 @@ KINDS = ["trained", "random", "tied"]
 
 def run_router_bench(*, quick: bool = False) -> Record:
     """Measures all sections; quick: only their smallest cases (for a test). record.py has the answer's form."""
+    require("bench router", ("ot", "ortools"), "bench")
     cases = [measured for section in SECTIONS for measured in section(quick)]
     packages = versions("coe-dist", "numpy", "numba", "POT", "scipy", "ortools")
     return {"name": "router", "machine": machine(), "versions": packages, "cases": cases}

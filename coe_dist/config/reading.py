@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -39,7 +39,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Any:
                 raise InputError(
                     f"override {override!r} is not allowed; write key=value, for instance training.epochs=3"
                 )
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        tree = _merged(tree, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(tree, resolve=True)
     except InputError:
         raise
@@ -49,6 +49,18 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         if type(error).__module__.startswith("yaml"):
             raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         raise
+
+
+def _merged(tree: DictConfig, overrides: DictConfig) -> DictConfig:
+    """What merge gives; where that refuses (a list for a mapping, or the other way round) the override, so that the
+    schema can say what is allowed there."""
+    for key, value in overrides.items_ex(resolve=False):
+        before = OmegaConf.select(tree, str(key))
+        if OmegaConf.is_dict(before) and OmegaConf.is_dict(value):
+            tree[key] = _merged(before, value)
+        else:
+            tree[key] = value
+    return tree
 
 
 def parse_config(content: Any) -> RunConfig:

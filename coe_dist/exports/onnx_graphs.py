@@ -12,7 +12,6 @@ are float32. onnx_runner.py shows what to do with the graphs.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import re
@@ -28,6 +27,7 @@ from torch import nn
 
 from coe_dist import preparation
 from coe_dist.errors import InputError
+from coe_dist.extras import require
 from coe_dist.inference import CollaborationOfExperts, PretrainedConfig, expert_stems, read_config
 from coe_dist.training.chosen import LATEST, Weights
 from coe_dist.training.export import export_weights
@@ -42,7 +42,7 @@ def export_onnx(run_dir: Path, out: Path, weights: Weights | None = None, checkp
 
     `out` appears whole or not at all. Raises InputError as export_weights and convert do.
     """
-    _check_packages()
+    require("export onnx", PACKAGES, "onnx")
     check_new(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "weights"
@@ -58,21 +58,13 @@ def convert(weights: Path, out: Path) -> None:
     for weights that from_pretrained refuses, for a network that ONNX cannot express, and for an `out` that exists or
     cannot be written.
     """
-    _check_packages()
+    require("export onnx", PACKAGES, "onnx")
     check_new(out)
     model, config = CollaborationOfExperts.from_pretrained(weights).float(), read_config(weights)
     with new_folder(out) as partial:
         _write_graphs(model, config, partial)
         shutil.copyfile(preparation.__file__, partial / "prepare.py")
         (partial / "manifest.json").write_text(json.dumps(_manifest(config, partial), indent=1, ensure_ascii=False))
-
-
-def _check_packages() -> None:
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(
-                f"export onnx needs the package {package}; run: pip install -e '.[onnx]' in the project's folder"
-            )
 
 
 def _write_graphs(model: CollaborationOfExperts, config: PretrainedConfig, folder: Path) -> None:

@@ -79,8 +79,8 @@ class ProgressDisplay:
         elif (kind == "end" or (kind == "train" and state.epoch > before)) and before > self._told_epoch:
             self._told_epoch = before
             self._say(line_before)
-        if kind == "end" and state.seconds is not None:
-            self._say(f"trained {state.step} steps in {clock(state.seconds)}")
+        if kind == "end" and state.seconds is not None and not state.began_at_its_end:
+            self._say(f"trained {state.step - state.first_step} steps in {clock(state.seconds)}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)

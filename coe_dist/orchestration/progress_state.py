@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from coe_dist.tracking.journal import parse_line
+from coe_dist.tracking.journal import TrainedSeconds, parse_line
 
 _LOAD = re.compile(r"^expert/(\d+)/load$")
 
@@ -23,16 +23,21 @@ class ProgressState:
     train: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
     split: str = ""
-    seconds: float | None = None  # of the whole job, once it has ended
+    seconds: float | None = None  # of all starts that were read, once the job has ended
+    first_step: int = 0  # of the newest start
     resumed_from: str = ""  # the checkpoint's name
     workers: int = 0
+    _trained: TrainedSeconds = field(default_factory=TrainedSeconds)
     _timed_from: tuple[float, int] | None = None  # time and step of the first training line
     _newest: tuple[float, int] | None = None
 
     def read(self, line: str) -> dict[str, Any] | None:
         """Takes in one line; returns its record, or None for a line that is not one (a torn write)."""
         record = parse_line(line)
-        take = None if record is None else getattr(self, f"_take_{record['kind']}", None)
+        if record is None:
+            return None
+        self._trained.read(record)
+        take = getattr(self, f"_take_{record['kind']}", None)
         if take is None:
             return None
         try:
@@ -44,6 +49,7 @@ class ProgressState:
     def _take_start(self, record: dict[str, Any]) -> None:
         self.epochs, self.steps_per_epoch = int(record["epochs"]), int(record["steps_per_epoch"])
         self.step, self.epoch, self.seconds = int(record["step"]), -1, None
+        self.first_step = self.step
         self.resumed_from, self.workers = str(record.get("resumed_from", "")), int(record.get("world_size", 0))
         self._timed_from = self._newest = None  # a job that was started again after a failure times itself afresh
 
@@ -59,16 +65,20 @@ class ProgressState:
         self.step, self.epoch = int(record["step"]), int(record["epoch"])
 
     def _take_end(self, record: dict[str, Any]) -> None:
-        self.step, self.seconds = int(record["step"]), float(record["seconds"])
+        self.step, self.seconds = int(record["step"]), self._trained.total
 
     @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
+    @property
+    def began_at_its_end(self) -> bool:
+        return bool(self.resumed_from) and self.first_step >= self.total_steps
+
     def start_line(self) -> str:
         """Where the job begins: anew, from a checkpoint, or at its end, when nothing is left to do."""
         workers = f" on {self.workers} worker{'' if self.workers == 1 else 's'}" if self.workers else ""
-        if self.resumed_from and self.step >= self.total_steps:
+        if self.began_at_its_end:
             return f"nothing is left to train: {self.resumed_from} is of step {self.step} of {self.total_steps}"
         if self.total_steps == 0:
             return "training.epochs is 0: the networks answer as they start"

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from coe_dist.console import table_console
 from coe_dist.errors import InputError
 from coe_dist.orchestration.progress import bars, render
 from coe_dist.orchestration.progress_state import ProgressState, clock, percent
@@ -75,7 +76,7 @@ def watch(
         raise InputError(f"{run}: no such run folder")
     if not path.is_file() and not (run / "config.yaml").is_file():
         raise InputError(f"{run}: not a run folder; it holds neither {METRICS_FILE} nor config.yaml")
-    console, watched, tail = console or Console(), Watched(), FileTail(path, from_start=True)
+    console, watched, tail = console or table_console(), Watched(), FileTail(path, from_start=True)
 
     def newest() -> Group:
         for line in tail.new_lines():

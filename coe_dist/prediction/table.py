@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from coe_dist.console import table_console
 from coe_dist.errors import InputError
 from coe_dist.printable import printable
 
@@ -86,11 +87,10 @@ def csv_table(path: Path | None, top: int) -> Iterator[CsvTable | None]:
 
 def show_predictions(result: dict[str, Any]) -> None:
     """Prints what orchestration.predict.predict returns."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=True)
+    console = table_console(soft_wrap=True)
     if result["csv"] is None:
         table = Table()
         others = ["then"] if result["top"] > 1 else []  # one column, for a terminal is narrow

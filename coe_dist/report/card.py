@@ -113,7 +113,7 @@ def _training(run: Run, settings: dict[str, Any]) -> list[str]:
         "workers": run.start.get("world_size"),
         "precision": training.get("precision"),
         "seed": settings.get("seed"),
-        "seconds": None if run.end.get("seconds") is None else round(float(run.end["seconds"])),
+        "seconds": None if run.seconds is None else round(run.seconds),
     }
     return [f"- {name}: {plain(value)}" for name, value in rows.items() if value is not None]
 

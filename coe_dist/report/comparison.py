@@ -25,7 +25,7 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
 def _row(run: Run) -> dict[str, Any]:
     evaluation = run.evaluation
     row: dict[str, Any] = {"name": run.name, "experts": None if run.baseline else run.start.get("experts")}
-    row |= {"seconds": run.end.get("seconds"), "epochs": run.start.get("epochs")}
+    row |= {"seconds": run.seconds, "epochs": run.start.get("epochs")}
     if evaluation is not None:
         own, oracle = evaluation.top1.coe, evaluation.top1.oracle
         return row | {"top1": own, "macs": evaluation.average_macs, "split": evaluation.split, "oracle": oracle}

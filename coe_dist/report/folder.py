@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from coe_dist.errors import InputError
-from coe_dist.tracking import read_metrics
+from coe_dist.tracking import TrainedSeconds, read_metrics
 from coe_dist.tracking.per_image import PerImage, images_file
 
 
@@ -146,6 +146,7 @@ class Run:
     validation: PerImage | None = None
     network: Network | None = None  # the one that was trained alone
     kept: Evaluation | None = None  # on validation; its threshold is the one in use
+    seconds: float | None = None  # of all its starts, once it has ended
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -183,7 +184,9 @@ def read_run(folder: str | Path, splits: Sequence[str] = ("test", "validation"))
     start: dict[str, Any] = {}
     end: dict[str, Any] = {}
     series: dict[str, dict[int, float]] = {}
+    trained = TrainedSeconds()
     for record in read_metrics(folder):
+        trained.read(record)
         if record["kind"] == "start":
             start, end = record, {}
         elif record["kind"] == "end":
@@ -203,6 +206,7 @@ def read_run(folder: str | Path, splits: Sequence[str] = ("test", "validation"))
         folder, name, start, end, series, evaluation, details, summary, text,
         single=single, rows=rows[split], validation=rows["validation"],
         network=network, kept=evaluations.get("validation"), problems=problems,
+        seconds=trained.total if end else None,
     )  # fmt: skip
 
 

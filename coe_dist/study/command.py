@@ -42,6 +42,8 @@ def run_study(
         _say_cost(study, f"{len(again)} training{plural} again{others}", [*starts, *again])
     elif (left := study.left) and limits.runs != 0:
         _say_left(study, left, limits)
+    elif dry_run:
+        study.say(f"study {study.settings.name}: nothing is left of {len(study.chosen)} trainings")
     if dry_run:
         return {**study.summary(), "files": [], "verify": []}
     answers: list[dict[str, Any]] = []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from coe_dist.console import table_console
 from coe_dist.errors import InputError
 from coe_dist.study.comparison import percent, without_empty_columns
+
+_LESS_NEEDED = ("oracle", "seeds", "val top-1")  # the first first
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
@@ -31,7 +34,6 @@ def say_to_stderr(line: str) -> None:
 def show_study(summary: Mapping[str, Any]) -> None:
     """Prints run_study's answer."""
     baseline = summary["baseline"]
-    table = Table(title=f"study {summary['study']}: {summary['finished']} of {summary['trainings']} trainings")
     heads = ["curve/point", "seeds", "MACs", "val top-1", "test top-1", "all: test", "oracle"]
     rows = [heads + ([f"less {baseline}"] if baseline else [])]
     for point in summary["points"]:
@@ -39,13 +41,14 @@ def show_study(summary: Mapping[str, Any]) -> None:
         macs, seeds = f"{point['macs']['mean']:,.0f}", str(len(point["seeds"]))
         last = [percent(point["difference"], sign=True)] if baseline else []
         rows.append([f"{point['curve']}/{point['point']}", seeds, macs, *cells, *last])
-    heads, *lines = without_empty_columns(rows)
-    for column, heading in enumerate(heads):
-        table.add_column(heading, justify="right" if column else "left", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    console = table_console()
+    console, title = (
+        table_console(),
+        f"study {summary['study']}: {summary['finished']} of {summary['trainings']} trainings",
+    )
+    table, left_out = _fitting(without_empty_columns(rows), title, console)
     console.print(table)
+    if left_out:
+        console.print(f"left out, for the terminal is narrow: {', '.join(left_out)}", soft_wrap=True, highlight=False)
     if summary["frontier"] is not None:
         saving = summary["frontier"]["macs_saving"]
         console.print(
@@ -56,3 +59,19 @@ def show_study(summary: Mapping[str, Any]) -> None:
         )
     for path in summary["files"]:
         console.print(path, soft_wrap=True, highlight=False)
+
+
+def _fitting(rows: Sequence[Sequence[str]], title: str, console: Console) -> tuple[Table, list[str]]:
+    """The table with whole names and figures, and the headings of the columns for which there is no room."""
+    left_out: list[str] = []
+    while True:
+        table = Table(title=title)
+        kept = [column for column, heading in enumerate(rows[0]) if heading not in left_out]
+        for column in kept:
+            table.add_column(rows[0][column], justify="right" if column else "left", no_wrap=column == 0)
+        for line in rows[1:]:
+            table.add_row(*(line[column] for column in kept))
+        able = [heading for heading in _LESS_NEEDED if heading in (rows[0][column] for column in kept)]
+        if not able or table.__rich_measure__(console, console.options).minimum <= console.width:
+            return table, left_out
+        left_out.append(able[0])

@@ -12,7 +12,7 @@ MLflow takes seconds to import: no module here imports it before the first call 
 """
 
 from coe_dist.tracking.datasets import log_datasets
-from coe_dist.tracking.journal import METRICS_FILE, read_metrics
+from coe_dist.tracking.journal import METRICS_FILE, TrainedSeconds, read_metrics
 from coe_dist.tracking.recorder import Recorder
 from coe_dist.tracking.runs import Status, finish_run, log_artifacts, run_id_of, start_run, sync
 from coe_dist.tracking.store import tracking_uri, ui_command
@@ -21,6 +21,7 @@ __all__ = [
     "METRICS_FILE",
     "Recorder",
     "Status",
+    "TrainedSeconds",
     "finish_run",
     "log_artifacts",
     "log_datasets",

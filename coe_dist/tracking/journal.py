@@ -54,6 +54,27 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
+class TrainedSeconds:
+    """How long a run has trained: all its starts, each until its end or, where it was cut short, its newest record."""
+
+    def __init__(self) -> None:
+        self.total = 0.0  # of the starts that are over
+        self._since: float | None = None
+        self._newest = 0.0
+
+    def read(self, record: Mapping[str, Any]) -> None:
+        """The records are given in file order."""
+        kind, at, seconds = record["kind"], record.get("time"), record.get("seconds")
+        if kind == "end" and isinstance(seconds, int | float):
+            self.total += seconds
+            self._since = None
+        elif isinstance(at, int | float):
+            if kind == "start":
+                self.total += 0.0 if self._since is None else self._newest - self._since
+                self._since = at
+            self._newest = at
+
+
 class Journal:
     """The open metrics.jsonl of a run. `append` never raises: a full disk costs one warning and the lines it hits."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -10,6 +11,14 @@ import pytest
 from coe_dist.bench.record import case, machine, timed, versions
 from coe_dist.bench.router import run_router_bench, scores_of
 from coe_dist.bench.router_peers import Problem, base_auction, ortools_flow, pot_emd, scipy_assignment
+from coe_dist.errors import InputError
+
+
+def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ot" else find(name, *rest))
+    with pytest.raises(InputError, match=r"^bench router needs the package ot; run: pip install -e '\.\[bench\]' "):
+        run_router_bench(quick=True)
 
 
 def test_quick_run_has_every_peer_and_no_gap_to_the_exact_ones() -> None:

@@ -94,7 +94,7 @@ def test_one_line_an_epoch_where_there_is_no_terminal(tmp_path):
         "resuming from step-00000010 at step 10 of 30 on 2 workers",
         "epoch 2/3, loss 1.8000, validation top-1 83.41%, 1,234 images/s, expert loads 25.00% to 75.00%, 0:00:30 left",
         "epoch 3/3, loss 1.7000, validation top-1 83.41%, 1,234 images/s, expert loads 25.00% to 75.00%, 0:00:00 left",
-        "trained 30 steps in 0:01:30",
+        "trained 20 steps in 0:01:30",
     ]
 
 
@@ -115,6 +115,24 @@ def test_where_it_starts_is_said(tmp_path, start, line):
     (tmp_path / "metrics.jsonl").unlink()
     live = shown(tmp_path, [lines(start)], terminal=True)
     assert (line in live) == ("resumed_from" in start)
+
+
+def test_a_start_with_nothing_left_trains_nothing(tmp_path):
+    resumed = RESUMED | {"step": 30, "resumed_from": "step-00000030"}
+    text = shown(tmp_path, [lines(resumed, END | {"seconds": 1.0})], terminal=False)
+    assert "trained" not in text
+
+
+def test_seconds_are_those_of_all_starts():
+    state = ProgressState()
+    cut_short = lines(START, train(5), train(10))  # from 100 to 130 seconds, unless START says otherwise
+    for line in (cut_short + lines(RESUMED | {"time": 1000.0}, END | {"time": 1090.4})).splitlines():
+        state.read(line)
+    assert state.seconds == pytest.approx(130.0 - START["time"] + 90.4)
+    again = RESUMED | {"time": 2000.0, "step": 30, "resumed_from": "step-00000030"}
+    for line in lines(again, END | {"time": 2001.0, "seconds": 1.0}).splitlines():
+        state.read(line)
+    assert state.seconds == pytest.approx(130.0 - START["time"] + 91.4)
 
 
 def test_epochs_without_an_evaluation_have_their_line_too(tmp_path):

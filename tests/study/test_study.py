@@ -185,6 +185,12 @@ def test_a_finished_study_trains_nothing(folder: Path, lines: list[str]) -> None
     assert "</svg>" in (folder / "results" / "tiny.svg").read_text()
 
 
+def test_a_finished_study_says_so_when_asked_what_is_left(folder: Path, lines: list[str]) -> None:
+    said: list[str] = []
+    run_study(str(folder / "tiny.yaml"), only=TAME, dry_run=True, say=said.append)
+    assert said == ["study tiny: nothing is left of 4 trainings"]
+
+
 def test_a_training_comes_out_again_bit_for_bit(folder: Path, lines: list[str]) -> None:
     said: list[str] = []
     answers = run_study(str(folder / "tiny.yaml"), verify=True, say=said.append)["verify"]
