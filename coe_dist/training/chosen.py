@@ -56,8 +56,6 @@ def valid_save(run_dir: Path, checkpoint: str = LATEST) -> tuple[Path, list[str]
         if problem := damage(save):
             raise InputError(f"--checkpoint: {checkpoint} is not allowed; {save} is damaged ({problem})")
         return save, []
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir}: no such run folder")
     newest, warnings = latest_valid(run_dir / "checkpoints")
     if newest is None:
         reason = f" ({warnings[0].split('; falling back')[0]})" if warnings else ""
