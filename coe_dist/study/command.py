@@ -37,9 +37,8 @@ def run_study(
     study = Study(name, only=only, seeds=seeds, say=say)
     starts, again = study.drawn() if verify else ([], [])
     if verify:
-        others = f" and {len(starts)} to start from" if starts else ""
         plural = "" if len(again) == 1 else "s"
-        _say_cost(study, f"{len(again)} training{plural} again{others}", [*starts, *again])
+        _say_cost(study, f"{len(again)} training{plural} again{_starts(len(starts))}", [*starts, *again])
     elif (left := study.left) and limits.runs != 0:
         _say_left(study, left, limits)
     elif dry_run:
@@ -64,12 +63,15 @@ def run_study(
 
 def _say_left(study: Study, left: Sequence[Training], limits: Limits) -> None:
     own = sum(training in study.chosen for training in left)
-    others = f" and {len(left) - own} to start from" if own < len(left) else ""
-    _say_cost(study, f"{own} of {len(study.chosen)} trainings{others} are left", left)
+    _say_cost(study, f"{own} of {len(study.chosen)} trainings{_starts(len(left) - own)} are left", left)
     if limits.runs is not None or limits.minutes is not None:
         parts = [f"{limits.runs} trainings"] if limits.runs is not None else []
         parts += [f"{limits.minutes:g} minutes"] if limits.minutes is not None else []
         study.say(f"this call: at most {' and '.join(parts)}")
+
+
+def _starts(count: int) -> str:
+    return f" and {count} to start from" if count else ""
 
 
 def _say_cost(study: Study, what: str, trainings: Sequence[Training]) -> None:

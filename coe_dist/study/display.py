@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from coe_dist.console import table_console
@@ -14,6 +15,7 @@ from coe_dist.errors import InputError
 from coe_dist.study.comparison import percent, without_empty_columns
 
 _LESS_NEEDED = ("oracle", "seeds", "val top-1")  # the first first
+_ANY_WIDTH = 10_000
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
@@ -41,10 +43,8 @@ def show_study(summary: Mapping[str, Any]) -> None:
         macs, seeds = f"{point['macs']['mean']:,.0f}", str(len(point["seeds"]))
         last = [percent(point["difference"], sign=True)] if baseline else []
         rows.append([f"{point['curve']}/{point['point']}", seeds, macs, *cells, *last])
-    console, title = (
-        table_console(),
-        f"study {summary['study']}: {summary['finished']} of {summary['trainings']} trainings",
-    )
+    console = table_console()
+    title = f"study {summary['study']}: {summary['finished']} of {summary['trainings']} trainings"
     table, left_out = _fitting(without_empty_columns(rows), title, console)
     console.print(table)
     if left_out:
@@ -63,15 +63,22 @@ def show_study(summary: Mapping[str, Any]) -> None:
 
 def _fitting(rows: Sequence[Sequence[str]], title: str, console: Console) -> tuple[Table, list[str]]:
     """The table with whole names and figures, and the headings of the columns for which there is no room."""
-    left_out: list[str] = []
-    while True:
-        table = Table(title=title)
-        kept = [column for column, heading in enumerate(rows[0]) if heading not in left_out]
-        for column in kept:
-            table.add_column(rows[0][column], justify="right" if column else "left", no_wrap=column == 0)
-        for line in rows[1:]:
-            table.add_row(*(line[column] for column in kept))
-        able = [heading for heading in _LESS_NEEDED if heading in (rows[0][column] for column in kept)]
-        if not able or table.__rich_measure__(console, console.options).minimum <= console.width:
-            return table, left_out
-        left_out.append(able[0])
+    table, left_out = _table(rows, title), []
+    for heading in _LESS_NEEDED:
+        if Measurement.get(console, console.options.update_width(_ANY_WIDTH), table).minimum <= console.width:
+            break
+        if heading in rows[0]:
+            column = list(rows[0]).index(heading)
+            rows = [[*row[:column], *row[column + 1 :]] for row in rows]
+            left_out.append(heading)
+            table = _table(rows, title)
+    return table, left_out
+
+
+def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    table = Table(title=title)
+    for column, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if column else "left", no_wrap=column == 0)
+    for line in rows[1:]:
+        table.add_row(*line)
+    return table
